@@ -1,0 +1,1 @@
+print("doctor: to be written")

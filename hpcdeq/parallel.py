@@ -1,0 +1,219 @@
+"""Every MPI call of hpcdeq, named by its meaning.
+
+Three rules keep a job from hanging. Ranks agree on failure before they go on (`agree`, `agreement`). What only one
+rank can know (the clock, a file that was written) is decided there and told to all (`from_root`). An error that the
+other ranks cannot know of ends the job (`launch`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+import numpy as np
+from mpi4py import MPI
+
+from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, HpcdeqError, RankError
+
+T = TypeVar("T")
+Comm = MPI.Intracomm
+
+WORLD: Comm = MPI.COMM_WORLD
+SELF: Comm = MPI.COMM_SELF
+
+
+def sum_over_ranks(comm: Comm, values: np.ndarray) -> np.ndarray:
+    """Return the element-wise sum of every rank's array.
+
+    Collective on comm. The same bits come out on every rank.
+    """
+    total = np.ascontiguousarray(values)
+    if comm.size > 1:
+        total = total.copy()
+        comm.Allreduce(MPI.IN_PLACE, total, op=MPI.SUM)
+    return total
+
+
+def max_over_ranks(comm: Comm, value: float) -> float:
+    """Return the largest of every rank's numbers. Collective on comm."""
+    return comm.allreduce(value, op=MPI.MAX)
+
+
+def any_rank(comm: Comm, flag: bool) -> bool:
+    """Say whether the flag is set on any rank. Collective on comm."""
+    return bool(comm.allreduce(int(flag), op=MPI.MAX))
+
+
+def from_root(comm: Comm, value: T) -> T:
+    """Return rank 0's value on every rank. Collective on comm."""
+    return comm.bcast(value, root=0)
+
+
+def counts_of_ranks(comm: Comm, count: int) -> list[int]:
+    """Return every rank's count, in rank order, on every rank. Collective on comm."""
+    return comm.allgather(count)
+
+
+def gather_blocks(comm: Comm, block: np.ndarray, sizes: list[int], out: np.ndarray) -> np.ndarray:
+    """Join every rank's block of float64 into ``out``, the same on all ranks.
+
+    Collective on comm. ``sizes`` are the block lengths in rank order; ``out`` has their sum.
+    """
+    if comm.size == 1:
+        out[:] = block
+        return out
+    comm.Allgatherv([np.ascontiguousarray(block), MPI.DOUBLE], [out, sizes, MPI.DOUBLE])
+    return out
+
+
+def sum_and_scatter(comm: Comm, values: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Sum every rank's full array of float64 and return this rank's block of the sum.
+
+    Collective on comm. ``sizes`` are the block lengths in rank order; ``values`` has their sum.
+    """
+    if comm.size == 1:
+        return values.copy()
+    out = np.empty(sizes[comm.rank])
+    comm.Reduce_scatter([np.ascontiguousarray(values), MPI.DOUBLE], [out, MPI.DOUBLE], recvcounts=sizes, op=MPI.SUM)
+    return out
+
+
+def agree(comm: Comm, error: BaseException | None) -> None:
+    """Raise on every rank if any rank holds an error.
+
+    Collective on comm. One integer reduction when all is well. Otherwise the lowest failing rank's error is raised
+    everywhere: itself where it came from, with its class and message on the others.
+
+    Raises
+    ------
+    HpcdeqError
+        The agreed error, its ``agreed`` set; errors of other classes arrive on the other ranks as `RankError`.
+    """
+    first = comm.allreduce(comm.rank if error is not None else comm.size, op=MPI.MIN)
+    if first == comm.size:
+        return
+    if comm.size == 1:
+        assert error is not None
+        raise error
+    told = None
+    if comm.rank == first:
+        assert error is not None
+        if isinstance(error, HpcdeqError):
+            told = (type(error), str(error))
+        else:
+            lines = traceback.format_exception_only(error)
+            place = traceback.extract_tb(error.__traceback__)
+            where = f" (at {place[-1].filename}:{place[-1].lineno})" if place else ""
+            told = (RankError, f"{lines[-1].strip()}{where}")
+    kind, message = comm.bcast(told, root=first)
+    if f"rank {first}" not in message and any_other_rank_fine(comm, error):
+        message = f"rank {first}: {message}"
+    raised = kind(message)
+    raised.agreed = True
+    if isinstance(error, HpcdeqError) and comm.rank == first:
+        raised.__dict__.update({k: v for k, v in vars(error).items() if k != "agreed"})
+    raise raised from error
+
+
+def any_other_rank_fine(comm: Comm, error: BaseException | None) -> bool:
+    """Say whether some rank has no error, so that naming the rank tells something. Collective on comm."""
+    return comm.allreduce(int(error is None), op=MPI.SUM) > 0
+
+
+@contextlib.contextmanager
+def agreement(comm: Comm) -> Iterator[None]:
+    """Run a local block, then agree on whether it failed anywhere.
+
+    Collective on comm at exit. The block itself must not communicate: a rank that fails inside leaves early.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    agree(comm, error)
+
+
+@contextlib.contextmanager
+def workers(comm: Comm, processes: int) -> Iterator[Executor | None]:
+    """Give rank 0 an executor over the other ranks, or over local processes on one rank; None on the other ranks.
+
+    Collective on comm.
+    """
+    if comm.size > 1:
+        from mpi4py.futures import MPICommExecutor
+
+        with MPICommExecutor(comm, root=0) as executor:
+            yield executor
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as executor:
+            yield executor
+
+
+def own_slice(total: int, rank: int, size: int) -> slice:
+    """Return the contiguous share of ``total`` items that belongs to ``rank``; shares differ by one at most.
+
+    Not collective.
+    """
+    return slice(total * rank // size, total * (rank + 1) // size)
+
+
+def launch(main: Callable[[list[str]], int | None], arguments: list[str]) -> None:
+    """Run a command's ``main`` on every rank and leave with its exit code.
+
+    Collective on MPI.COMM_WORLD. An error that all ranks agreed on is printed once, by rank 0. Any other error is
+    printed by the rank that has it, and the whole job is ended: the other ranks may be waiting for this one.
+    """
+    code: int = EXIT_FAILED
+    try:
+        code = main(arguments) or EXIT_DONE
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else (EXIT_DONE if leave.code is None else EXIT_FAILED)
+    except Exception as error:
+        cause = unwrap(error)
+        known = isinstance(cause, HpcdeqError)
+        code = cause.exit_code if known else EXIT_FAILED
+        agreed = known and cause.agreed
+        if WORLD.rank == 0 or not agreed:
+            report_error(cause, known)
+        if not agreed and WORLD.size > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            WORLD.Abort(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """Return what a callback raised, where PETSc wrapped it in an error of its own. Not collective."""
+    while type(error).__module__.startswith("petsc4py") and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def report_error(error: BaseException, known: bool) -> None:
+    """Print an error for a person to read, with the traceback where it is not one of ours. Not collective."""
+    where = f"[rank {WORLD.rank}] " if WORLD.size > 1 and not getattr(error, "agreed", False) else ""
+    if known and not os.environ.get("HPCDEQ_TRACEBACK"):
+        text = f"{where}{type(error).__name__}: {error}\n"
+    else:
+        text = where + "".join(traceback.format_exception(error))
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def mpi_library() -> str:
+    """Return the name and version of the MPI library in use. Not collective."""
+    return MPI.Get_library_version().splitlines()[0].split(", package")[0].strip("\x00 ")
+
+
+def describe(value: Any) -> str:
+    """Return a communicator as ``rank r of s``. Not collective."""
+    return f"rank {value.rank} of {value.size}"
