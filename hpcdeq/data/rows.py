@@ -1,0 +1,162 @@
+"""Rows of a dataset as numpy arrays: read as hyperslabs, checked value by value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hpcdeq.data.graphs import GraphArrays, Rows, join_graphs, no_graphs
+from hpcdeq.data.schema import REMEDY, Schema, reading
+from hpcdeq.errors import DataError
+
+HEAVIEST = 118  # oganesson
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """Samples ``0 .. b-1`` of some stretch of a dataset.
+
+    Attributes
+    ----------
+    ids
+        ``b`` names.
+    targets
+        ``(b,)`` int64 labels, or ``(b, T)`` float64.
+    inputs
+        ``(b, ...)`` float64, or the graphs.
+    """
+
+    ids: Sequence[str]
+    targets: np.ndarray
+    inputs: np.ndarray | GraphArrays
+
+    def take(self, rows: Rows) -> SampleRows:
+        """Return some of the rows, in the order of ``rows``. Not collective."""
+        ids = np.array(self.ids, dtype=object)[rows].tolist()
+        inputs = self.inputs.take(rows) if isinstance(self.inputs, GraphArrays) else self.inputs[rows]
+        return SampleRows(ids, self.targets[rows], inputs)
+
+
+def no_rows(schema: Schema) -> SampleRows:
+    """Return no samples, with the trailing shapes and types that samples of this schema have. Not collective."""
+    target_type = np.int64 if schema.task == "classification" else np.float64
+    inputs = no_graphs() if schema.representation == "graph" else np.empty((0, *schema.sample_shape))
+    return SampleRows([], np.empty((0, *schema.target_shape), target_type), inputs)
+
+
+def join_rows(schema: Schema, parts: Sequence[SampleRows]) -> SampleRows:
+    """Lay several stretches of samples of one schema end to end. Not collective."""
+    if len(parts) < 2:
+        return parts[0] if parts else no_rows(schema)
+    ids = [name for part in parts for name in part.ids]
+    targets = np.concatenate([part.targets for part in parts])
+    if schema.representation == "graph":
+        graphs = [part.inputs for part in parts if isinstance(part.inputs, GraphArrays)]
+        return SampleRows(ids, targets, join_graphs(graphs))
+    return SampleRows(ids, targets, np.concatenate([part.inputs for part in parts]))
+
+
+def read_rows(path: Path, file: h5py.File, schema: Schema, start: int, stop: int) -> SampleRows:
+    """Read the rows ``start`` to ``stop - 1`` of a file as hyperslabs.
+
+    Not collective. Offsets are checked before they are followed; `check_rows` checks the values.
+
+    Raises
+    ------
+    DataError
+        A dataset cannot be read, or its offsets decrease or lead out of the file.
+    """
+    with reading(path, "/sample/id"):
+        ids = file["/sample/id"].asstr(errors="replace")[start:stop].tolist()
+    target_type = np.int64 if schema.task == "classification" else np.float64
+    targets = _slab(path, file, "/sample/target", start, stop).astype(target_type, copy=False)
+    if schema.representation == "array":
+        inputs = _slab(path, file, "/array/x", start, stop).astype(np.float64, copy=False)
+        return SampleRows(ids, targets, inputs)
+    node_offset = _offsets(path, file, "node", start, stop)
+    edge_offset = _offsets(path, file, "edge", start, stop)
+    nodes = int(node_offset[0]), int(node_offset[-1])
+    edges = int(edge_offset[0]), int(edge_offset[-1])
+    graphs = GraphArrays(
+        node_offset - node_offset[0],
+        _slab(path, file, "/graph/atomic_number", *nodes),
+        edge_offset - edge_offset[0],
+        _slab(path, file, "/graph/edge_source", *edges),
+        _slab(path, file, "/graph/edge_target", *edges),
+        _slab(path, file, "/graph/edge_vector", *edges).astype(np.float64, copy=False),
+    )
+    return SampleRows(ids, targets, graphs)
+
+
+def _slab(path: Path, file: h5py.File, name: str, start: int, stop: int) -> np.ndarray:
+    with reading(path, name):
+        return file[name][start:stop]
+
+
+def _offsets(path: Path, file: h5py.File, kind: str, start: int, stop: int) -> np.ndarray:
+    name = f"/graph/{kind}_offset"
+    offset = _slab(path, file, name, start, stop + 1).astype(np.int64, copy=False)
+    total = file["/graph/atomic_number" if kind == "node" else "/graph/edge_source"].shape[0]
+    outside = np.flatnonzero((offset < 0) | (offset > total))
+    if outside.size:
+        row = start + int(outside[0])
+        raise DataError(f"{path}: {name} row {row}: {offset[outside[0]]} is outside 0 to {total}; {REMEDY}")
+    back = np.flatnonzero(np.diff(offset) < 0)
+    if back.size:
+        row = int(back[0])
+        raise DataError(
+            f"{path}: {name} row {start + row + 1}: offsets decrease from {offset[row]} to {offset[row + 1]}; {REMEDY}"
+        )
+    if start == 0 and offset[0] != 0:
+        raise DataError(f"{path}: {name} row 0: {offset[0]}, offsets start at 0; {REMEDY}")
+    return offset
+
+
+def check_rows(source: object, schema: Schema, rows: SampleRows, numbers: np.ndarray) -> None:
+    """Refuse labels out of range, numbers that are not finite, and edges that leave their graph.
+
+    Not collective. ``source`` names the file, ``numbers`` ``(b,)`` the rows in it.
+
+    Raises
+    ------
+    DataError
+        With dataset, row and value.
+    """
+    if schema.task == "classification":
+        wrong = (rows.targets < 0) | (rows.targets >= len(schema.classes))
+        legal = f"label out of range, classes are 0 to {len(schema.classes) - 1}"
+        _refuse(source, "/sample/target", wrong, rows.targets, numbers, legal)
+    else:
+        _refuse(source, "/sample/target", ~np.isfinite(rows.targets), rows.targets, numbers, "not finite")
+    if not isinstance(rows.inputs, GraphArrays):
+        _refuse(source, "/array/x", ~np.isfinite(rows.inputs), rows.inputs, numbers, "not finite")
+        return
+    graphs = rows.inputs
+    node_row = np.repeat(numbers, np.diff(graphs.node_offset))
+    edge_row = np.repeat(numbers, np.diff(graphs.edge_offset))
+    empty = np.diff(graphs.node_offset) == 0
+    _refuse(source, "/graph/node_offset", empty, graphs.node_offset[:-1], numbers, "graph without nodes")
+    wrong = (graphs.atomic_number < 1) | (graphs.atomic_number > HEAVIEST)
+    _refuse(source, "/graph/atomic_number", wrong, graphs.atomic_number, node_row, f"not 1 to {HEAVIEST}")
+    nodes = np.repeat(np.diff(graphs.node_offset), np.diff(graphs.edge_offset))
+    for name, ends in (("edge_source", graphs.edge_source), ("edge_target", graphs.edge_target)):
+        _refuse(source, f"/graph/{name}", (ends < 0) | (ends >= nodes), ends, edge_row, "no node of its own graph")
+    _refuse(source, "/graph/edge_vector", ~np.isfinite(graphs.edge_vector), graphs.edge_vector, edge_row, "not finite")
+
+
+def _refuse(
+    source: object, name: str, wrong: np.ndarray, values: np.ndarray, rows: np.ndarray, reason: str
+) -> None:
+    """Raise for the first wrong value; ``rows`` gives the sample row of each entry of the first axis."""
+    if not wrong.any():
+        return
+    place = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
+    value: Any = values[place]
+    total = int(wrong.sum())
+    more = f" ({total} such values among the rows read)" if total > 1 else ""
+    raise DataError(f"{source}: {name} row {rows[place[0]]}: {value} is {reason}{more}; {REMEDY}")

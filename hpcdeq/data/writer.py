@@ -1,0 +1,209 @@
+"""Writing a dataset file: batch by batch, in bounded memory, complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hpcdeq.data.graphs import GraphArrays
+from hpcdeq.data.rows import SampleRows, check_rows
+from hpcdeq.data.schema import FORMAT, SPLITS, VERSION, Schema
+from hpcdeq.errors import DataError
+
+CHUNK_BYTES = 1 << 18
+TEXT = h5py.string_dtype("utf-8")
+
+
+class DatasetWriter:
+    """Write a dataset file; a context manager.
+
+    Not collective: one rank writes. The samples go to ``path + ".partial"``; leaving the context in good order marks
+    the file complete and renames it to ``path`` in one step. An exception removes the partial file and leaves a file
+    that was at ``path`` before as it was.
+
+    Parameters
+    ----------
+    path
+        The file to make.
+    schema
+        What it holds; ``count`` is found by counting.
+    input_units
+        Unit of `/array/x`; graphs are in Å.
+    array_attributes
+        Further attributes of `/array/x`, such as the grid it is sampled on.
+
+    Raises
+    ------
+    DataError
+        The file cannot be made there, or samples do not fit the schema.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        schema: Schema,
+        *,
+        input_units: str = "1",
+        array_attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.partial = Path(f"{self.path}.partial")
+        self.schema = schema
+        self.count = 0
+        self._input_units = input_units
+        self._array_attributes = dict(array_attributes or {})
+        self._file: h5py.File | None = None
+
+    def __enter__(self) -> DatasetWriter:
+        """Open the partial file and lay out empty datasets."""
+        if self.path.is_dir():
+            raise DataError(f"{self.path} is a folder; give --out a file name, e.g. {self.path / 'data.h5'}")
+        if not self.path.parent.is_dir():
+            raise DataError(f"folder {self.path.parent} does not exist; make it with: mkdir -p {self.path.parent}")
+        try:
+            self._file = h5py.File(self.partial, "w", locking=False)
+        except OSError as error:
+            raise DataError(f"cannot write {self.partial}: {error}; give another --out") from error
+        try:
+            self._lay_out(self._file)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Complete and rename the file, or remove it after an exception."""
+        if error is not None:
+            self._discard()
+            return
+        try:
+            if self.count == 0:
+                raise DataError(f"{self.path}: no samples to write")
+            file = self._open()
+            file.attrs["complete"] = True
+            file.flush()
+            file.close()
+            descriptor = os.open(self.partial, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(self.partial, self.path)
+        except BaseException:
+            self._discard()
+            raise
+
+    def append(self, samples: SampleRows, splits: np.ndarray) -> None:
+        """Append some samples.
+
+        Not collective.
+
+        Parameters
+        ----------
+        samples
+            ``b`` samples that fit the schema.
+        splits
+            ``(b,)`` integers: 0 train, 1 validation, 2 test.
+        """
+        number = len(samples.ids)
+        graphs = samples.inputs if isinstance(samples.inputs, GraphArrays) else None
+        self._check_lengths(samples, splits)
+        check_rows(self.path, self.schema, samples, np.arange(self.count, self.count + number))
+        self._extend("/sample/id", np.array(list(samples.ids), dtype=object))
+        self._extend("/sample/split", splits)
+        self._extend("/sample/target", samples.targets)
+        if graphs is None:
+            self._extend("/array/x", np.asarray(samples.inputs))
+        else:
+            file = self._open()
+            nodes, edges = file["/graph/atomic_number"].shape[0], file["/graph/edge_source"].shape[0]
+            self._extend("/graph/node_offset", graphs.node_offset[1:] + nodes)
+            self._extend("/graph/edge_offset", graphs.edge_offset[1:] + edges)
+            for name in ("atomic_number", "edge_source", "edge_target", "edge_vector"):
+                self._extend(f"/graph/{name}", getattr(graphs, name))
+        self.count += number
+
+    def _open(self) -> h5py.File:
+        if self._file is None:
+            raise DataError(f"{self.path}: the writer is not open; use it in a with statement")
+        return self._file
+
+    def _discard(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        with contextlib.suppress(FileNotFoundError):
+            self.partial.unlink()
+
+    def _check_lengths(self, samples: SampleRows, splits: np.ndarray) -> None:
+        schema, number = self.schema, len(samples.ids)
+        found = splits.shape, samples.targets.shape
+        if found != ((number,), (number, *schema.target_shape)):
+            raise DataError(f"{self.path}: {number} ids, but splits and targets of shapes {found[0]} and {found[1]}")
+        if splits.size and not 0 <= splits.min() <= splits.max() < len(SPLITS):
+            raise DataError(f"{self.path}: splits are 0 to {len(SPLITS) - 1}, got {splits.min()} to {splits.max()}")
+        if isinstance(samples.inputs, GraphArrays) != (schema.representation == "graph"):
+            raise DataError(f"{self.path}: inputs do not fit representation {schema.representation}")
+        if isinstance(samples.inputs, GraphArrays):
+            if len(samples.inputs) != number:
+                raise DataError(f"{self.path}: {number} ids, but {len(samples.inputs)} graphs")
+        elif samples.inputs.shape != (number, *schema.sample_shape):
+            wanted = (number, *schema.sample_shape)
+            raise DataError(f"{self.path}: inputs have shape {samples.inputs.shape}, expected {wanted}")
+
+    def _lay_out(self, file: h5py.File) -> None:
+        schema = self.schema
+        file.attrs["format"] = FORMAT
+        file.attrs["version"] = VERSION
+        file.attrs["task"] = schema.task
+        file.attrs["representation"] = schema.representation
+        if schema.task == "classification":
+            file.attrs.create("classes", list(schema.classes), dtype=TEXT)
+            label_type, label_units = np.int64, "number of the class"
+        else:
+            file.attrs.create("target_names", list(schema.target_names), dtype=TEXT)
+            file.attrs.create("target_units", list(schema.target_units), dtype=TEXT)
+            label_type, label_units = np.float64, "see target_units of the root"
+        file.attrs["provenance"] = json.dumps(dict(schema.provenance), sort_keys=True)
+        self._create("/sample/id", TEXT)
+        self._create("/sample/split", np.uint8, units="0 train, 1 validation, 2 test")
+        self._create("/sample/target", label_type, schema.target_shape, units=label_units)
+        if schema.representation == "array":
+            self._create("/array/x", np.float64, schema.sample_shape, units=self._input_units)
+            for name, value in self._array_attributes.items():
+                file["/array/x"].attrs[name] = value
+            return
+        own = "number of the node within the sample's own graph, from 0"
+        self._create("/graph/node_offset", np.int64, units="first node of each sample; the last entry is the total")
+        self._create("/graph/edge_offset", np.int64, units="first edge of each sample; the last entry is the total")
+        self._create("/graph/atomic_number", np.uint8, units="protons")
+        self._create("/graph/edge_source", np.int32, units=f"the neighbour: {own}")
+        self._create("/graph/edge_target", np.int32, units=f"the atom whose neighbour it is: {own}")
+        self._create("/graph/edge_vector", np.float64, (3,), units="angstrom")
+        for name in ("/graph/node_offset", "/graph/edge_offset"):
+            self._extend(name, np.zeros(1, np.int64))
+
+    def _create(self, name: str, kind: Any, shape: tuple[int, ...] = (), units: str = "") -> None:
+        row_bytes = max(8 * int(np.prod(shape)), 1)
+        rows = max(CHUNK_BYTES // row_bytes, 1) if name.startswith("/graph") else min(CHUNK_BYTES // row_bytes + 1, 1024)
+        made = self._open().create_dataset(
+            name, shape=(0, *shape), maxshape=(None, *shape), chunks=(rows, *shape), dtype=kind
+        )
+        if units:
+            made.attrs["units"] = units
+
+    def _extend(self, name: str, values: np.ndarray) -> None:
+        if values.shape[0]:  # a selection of no rows is an error in HDF5 for some types
+            dataset = self._open()[name]
+            start = dataset.shape[0]
+            dataset.resize(start + values.shape[0], axis=0)
+            dataset[start:] = values

@@ -1,0 +1,138 @@
+"""`FixedPoint`: a torch module whose output is the fixed point of a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpcdeq.deq.arguments import Cell, initial_state, pure_function
+from hpcdeq.deq.forward import DEFAULTS, ForwardSolver, Samples, Solution, bind
+from hpcdeq.deq.implicit import Equilibrium, FixedPointFunction, LinearSolution, Log
+from hpcdeq.deq.work import Work
+from hpcdeq.errors import HpcdeqError, ShapeError
+from hpcdeq.petsc.options import Options, Value
+
+SampleIndex = Callable[[Any], Tensor]
+
+
+class FixedPoint(nn.Module):
+    """The fixed point z = cell(z, x), found by a SNES and differentiated exactly through a KSP.
+
+    Works under ``backward``, double backward, ``torch.func.jvp`` / ``vjp`` / ``functional_call`` and their compositions,
+    in float32 and float64. Derivatives reach the cell's parameters and the floating-point tensors inside x.
+
+    Parameters
+    ----------
+    cell
+        ``cell(z, x) -> z``, any torch module; z of any shape, x a tensor or any tuple, list, dict or dataclass of
+        tensors. A method ``initial_state(x)`` gives the initial guess where it is not a zero of x's shape.
+    petsc_prefix
+        Prefix of this layer's options: ``-deq_snes_type``, ``-deq_ksp_rtol``. A second layer in a model needs another.
+    options
+        PETSc options without the prefix; the command line wins over them.
+    sample_index
+        ``sample_index(x) -> (rows,)`` sample of each leading row of z, where a sample has several rows (the atoms of a
+        graph). Default: each row is a sample. Convergence is judged for each sample.
+
+    Raises
+    ------
+    ConvergenceError
+        By the call, or by a derivative, when a solve fails: no unconverged state is ever returned.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        petsc_prefix: str = "deq_",
+        options: Mapping[str, Value] | None = None,
+        sample_index: SampleIndex | None = None,
+    ) -> None:
+        super().__init__()
+        self.cell = cell
+        self.options = Options(petsc_prefix, {**DEFAULTS, **(options or {})})
+        self.sample_index = sample_index
+        self._log = Log(Work())
+        self._checked = False
+
+    @property
+    def solution(self) -> Solution | None:
+        """How the last forward solve ended; shares no memory with the output."""
+        return self._log.solution
+
+    @property
+    def adjoint(self) -> LinearSolution | None:
+        """How the last adjoint solve, of a reverse derivative, ended."""
+        return self._log.adjoint
+
+    @property
+    def tangent(self) -> LinearSolution | None:
+        """How the last tangent solve, of a forward or second derivative, ended."""
+        return self._log.tangent
+
+    @property
+    def work(self) -> Work:
+        """Counters of everything that this layer has computed."""
+        return self._log.work
+
+    def forward(self, x: Any, z0: Tensor | None = None) -> Tensor:
+        """Return the fixed point for the input x.
+
+        Not collective.
+
+        Parameters
+        ----------
+        x
+            The cell's second argument.
+        z0
+            Initial guess; it is not differentiated.
+        """
+        tensors, function = pure_function(self.cell, x)
+        if z0 is None:
+            z0 = initial_state(self.cell, x, function, tensors)
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if torch.is_grad_enabled() and not self._checked:
+            self._check_no_hidden_tensors(function, z0, tensors)
+        index = None if self.sample_index is None else self.sample_index(x)
+        equilibrium = Equilibrium(function, index, self.options, self._log, differentiated=tracked)
+        return FixedPointFunction.apply(equilibrium, z0, *tensors)
+
+    def _check_no_hidden_tensors(self, function: Any, z0: Tensor, tensors: list[Tensor]) -> None:
+        """Refuse a cell that depends on a tensor which no derivative would reach (a silent zero elsewhere)."""
+        with torch.enable_grad():
+            image = function(z0.detach(), *(t.detach() for t in tensors))
+        if image.shape != z0.shape:
+            raise ShapeError(f"the cell maps a state of shape {tuple(z0.shape)} to shape {tuple(image.shape)}; give z0=...")
+        if image.requires_grad:
+            raise HpcdeqError(
+                "the cell uses a tensor that requires a gradient and is neither a parameter of the cell nor inside x: its"
+                " gradient would silently be zero. Make it an nn.Parameter of the cell, or pass it in x."
+            )
+        self._checked = True
+
+
+def solve_fixed_point(
+    cell: Cell,
+    x: Any,
+    z0: Tensor | None = None,
+    petsc_prefix: str = "deq_",
+    options: Mapping[str, Value] | None = None,
+    sample_index: SampleIndex | None = None,
+) -> Solution:
+    """Find z = cell(z, x) without derivatives.
+
+    Not collective. Arguments as in `FixedPoint`.
+
+    Raises
+    ------
+    ConvergenceError
+        Names the samples that did not converge; its ``record`` is the `Solution` found.
+    """
+    tensors, function = pure_function(cell, x)
+    if z0 is None:
+        z0 = initial_state(cell, x, function, tensors)
+    samples = Samples.of(z0, None if sample_index is None else sample_index(x))
+    solver = ForwardSolver(bind(function, tensors), samples, Options(petsc_prefix, {**DEFAULTS, **(options or {})}), Work())
+    return solver.solve(z0.detach())

@@ -1,0 +1,72 @@
+"""PETSc options under a mandatory prefix, alive inside a ``with``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from hpcdeq.errors import OptionError
+from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.vocabulary import check_options
+
+Value = str | int | float | bool | None
+
+
+class Options:
+    """The options of one prefix.
+
+    The order of precedence is PETSc's own: what stands in the options database (the command line) wins over what is
+    given here. What is given here is in the database only inside `inserted`, through set-up *and* solve, because
+    PETSc reads some options (``-snes_view``, monitors) only when a solve ends.
+
+    Parameters
+    ----------
+    prefix
+        Prefix of every name, such as ``deq_``; never empty, so that two solvers cannot take each other's options.
+    given
+        Option names without prefix and dash, and their values; None or True for a flag.
+
+    Raises
+    ------
+    OptionError
+        An empty prefix, or a name that PETSc does not know.
+    """
+
+    def __init__(self, prefix: str, given: Mapping[str, Value] | None = None) -> None:
+        if not prefix or not prefix.replace("_", "").isalnum() or not prefix.endswith("_"):
+            raise OptionError(f"a PETSc options prefix is letters and digits with an underscore last (deq_), not {prefix!r}")
+        self.prefix = prefix
+        self.given = {name.lstrip("-"): value for name, value in (given or {}).items()}
+        check_options([f"-{prefix}{name}" for name in self.given], [prefix])
+
+    @contextlib.contextmanager
+    def inserted(self) -> Iterator[None]:
+        """Keep the options in PETSc's database inside a ``with`` block. Not collective."""
+        database = PETSc.Options()
+        added = [self.prefix + name for name in self.given if not database.hasName(self.prefix + name)]
+        for name in added:
+            database.setValue(name, as_text(self.given[name[len(self.prefix) :]]))
+        try:
+            yield
+        finally:
+            self.unread = [f"-{name}" for name in added if not database.used(name)]
+            for name in added:
+                database.delValue(name)
+
+
+def as_text(value: Value) -> str | None:
+    """Return an option's value as PETSc reads it; a flag has none. Not collective."""
+    if value is None or value is True:
+        return None
+    return "false" if value is False else str(value)
+
+
+def database_options() -> dict[str, str]:
+    """Return PETSc's options database as it stands, names without the dash. Not collective."""
+    return dict(PETSc.Options().getAll())
+
+
+def unused_options(prefixes: tuple[str, ...]) -> list[str]:
+    """Return the options in the database, of the given prefixes, that no object has read so far. Not collective."""
+    database = PETSc.Options()
+    return [f"-{name}" for name in database.getAll() if name.startswith(prefixes) and not database.used(name)]
