@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -38,6 +38,17 @@ def sum_over_ranks(comm: Comm, values: np.ndarray) -> np.ndarray:
         total = total.copy()
         comm.Allreduce(MPI.IN_PLACE, total, op=MPI.SUM)
     return total
+
+
+def sum_or_raise(comm: Comm, values: np.ndarray, error: BaseException | None) -> np.ndarray:
+    """Return the sum of every rank's float64 array, or raise on every rank if any rank holds an error.
+
+    Collective on comm. One reduction when all is well: the failure count travels with the numbers.
+    """
+    total = sum_over_ranks(comm, np.append(values, float(error is not None)))
+    if total[-1] > 0:
+        agree(comm, error)
+    return total[:-1]
 
 
 def max_over_ranks(comm: Comm, value: float) -> float:
@@ -214,6 +225,9 @@ def mpi_library() -> str:
     return MPI.Get_library_version().splitlines()[0].split(", package")[0].strip("\x00 ")
 
 
-def describe(value: Any) -> str:
-    """Return a communicator as ``rank r of s``. Not collective."""
-    return f"rank {value.rank} of {value.size}"
+def ranks_on_this_host(comm: Comm) -> int:
+    """Return how many ranks of comm share this host's memory. Collective on comm."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    size = node.size
+    node.Free()
+    return size

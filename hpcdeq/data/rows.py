@@ -149,9 +149,7 @@ def check_rows(source: object, schema: Schema, rows: SampleRows, numbers: np.nda
     _refuse(source, "/graph/edge_vector", ~np.isfinite(graphs.edge_vector), graphs.edge_vector, edge_row, "not finite")
 
 
-def _refuse(
-    source: object, name: str, wrong: np.ndarray, values: np.ndarray, rows: np.ndarray, reason: str
-) -> None:
+def _refuse(source: object, name: str, wrong: np.ndarray, values: np.ndarray, rows: np.ndarray, reason: str) -> None:
     """Raise for the first wrong value; ``rows`` gives the sample row of each entry of the first axis."""
     if not wrong.any():
         return

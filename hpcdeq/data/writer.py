@@ -168,11 +168,13 @@ class DatasetWriter:
         file.attrs["representation"] = schema.representation
         if schema.task == "classification":
             file.attrs.create("classes", list(schema.classes), dtype=TEXT)
-            label_type, label_units = np.int64, "number of the class"
+            label_type: Any = np.int64
+            label_units = "number of the class"
         else:
             file.attrs.create("target_names", list(schema.target_names), dtype=TEXT)
             file.attrs.create("target_units", list(schema.target_units), dtype=TEXT)
-            label_type, label_units = np.float64, "see target_units of the root"
+            label_type = np.float64
+            label_units = "see target_units of the root"
         file.attrs["provenance"] = json.dumps(dict(schema.provenance), sort_keys=True)
         self._create("/sample/id", TEXT)
         self._create("/sample/split", np.uint8, units="0 train, 1 validation, 2 test")
@@ -193,8 +195,8 @@ class DatasetWriter:
             self._extend(name, np.zeros(1, np.int64))
 
     def _create(self, name: str, kind: Any, shape: tuple[int, ...] = (), units: str = "") -> None:
-        row_bytes = max(8 * int(np.prod(shape)), 1)
-        rows = max(CHUNK_BYTES // row_bytes, 1) if name.startswith("/graph") else min(CHUNK_BYTES // row_bytes + 1, 1024)
+        row_bytes = 8 * max(int(np.prod(shape)), 1)
+        rows = min(max(CHUNK_BYTES // row_bytes, 1), 1 << 15 if name.startswith("/graph") else 1 << 10)
         made = self._open().create_dataset(
             name, shape=(0, *shape), maxshape=(None, *shape), chunks=(rows, *shape), dtype=kind
         )

@@ -1,0 +1,163 @@
+"""Batches as torch tensors, and what every source of samples offers to a training problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from hpcdeq.data.graphs import GraphArrays, Rows
+
+
+@dataclass(frozen=True)
+class GraphBatch:
+    """The graphs of several samples as one disconnected graph of ``n`` nodes and ``E`` edges.
+
+    Edge ``e`` says that ``edge_source[e]`` (j) is a neighbour of ``edge_target[e]`` (i); its vector is the position of
+    the periodic image of j minus the position of i.
+
+    Attributes
+    ----------
+    atomic_number
+        ``(n,)`` int64.
+    edge_source, edge_target
+        ``(E,)`` int64, nodes numbered over the whole batch.
+    edge_vector
+        ``(E, 3)`` Å.
+    node_graph
+        ``(n,)`` int64, non-decreasing: the sample that each node belongs to.
+    num_graphs
+        Number of samples ``b``.
+    """
+
+    atomic_number: torch.Tensor
+    edge_source: torch.Tensor
+    edge_target: torch.Tensor
+    edge_vector: torch.Tensor
+    node_graph: torch.Tensor
+    num_graphs: int
+
+    def __len__(self) -> int:
+        """Return the number of samples. Not collective."""
+        return self.num_graphs
+
+    @property
+    def edge_distance(self) -> torch.Tensor:
+        """The length of every edge, ``(E,)`` Å."""
+        return torch.linalg.vector_norm(self.edge_vector, dim=1)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> GraphBatch:
+        """Return the batch in another precision or on another device.
+
+        Not collective. Only floating tensors change their type; tensors that fit already are shared.
+        """
+        return GraphBatch(
+            self.atomic_number.to(device=device),
+            self.edge_source.to(device=device),
+            self.edge_target.to(device=device),
+            self.edge_vector.to(device=device, dtype=dtype),
+            self.node_graph.to(device=device),
+            self.num_graphs,
+        )
+
+
+Inputs = torch.Tensor | GraphBatch
+RowsLike = Rows | torch.Tensor
+
+
+class SampleSource(Protocol):
+    """What a training problem asks of a data set: this rank's samples, and their place among all.
+
+    Attributes
+    ----------
+    task
+        ``classification`` or ``regression``.
+    count
+        Number of samples on all ranks together.
+    offset
+        Global number of this rank's first sample.
+    targets
+        This rank's ``(b,)`` int64 labels, or ``(b, T)`` numbers; ``b`` may be 0.
+    input_shape
+        Shape of one sample's input; ``()`` for graphs.
+    output_size
+        Number of classes, or ``T``.
+    """
+
+    task: str
+    count: int
+    offset: int
+    targets: torch.Tensor
+    input_shape: tuple[int, ...]
+    output_size: int
+
+    def __len__(self) -> int:
+        """Return the number of samples of this rank. Not collective."""
+        ...
+
+    def batch(self, rows: RowsLike) -> tuple[Inputs, torch.Tensor]:
+        """Return inputs and targets of some of this rank's samples. Not collective."""
+        ...
+
+
+def graph_batch(graphs: GraphArrays, rows: RowsLike, dtype: torch.dtype = torch.float64) -> GraphBatch:
+    """Build a batch from some samples of ragged arrays.
+
+    Not collective. The tensors may share memory with the arrays where ``rows`` is a slice.
+
+    Parameters
+    ----------
+    graphs
+        Graphs of all samples at hand.
+    rows
+        A slice or ``(b,)`` integers: which samples, in which order.
+    dtype
+        Of the edge vectors.
+    """
+    picked = graphs.take(numpy_rows(rows))
+    nodes, edges = np.diff(picked.node_offset), np.diff(picked.edge_offset)
+    first_node = np.repeat(picked.node_offset[:-1], edges)
+    return GraphBatch(
+        torch.from_numpy(picked.atomic_number.astype(np.int64)),
+        torch.from_numpy(picked.edge_source + first_node),
+        torch.from_numpy(picked.edge_target + first_node),
+        torch.from_numpy(picked.edge_vector).to(dtype),
+        torch.from_numpy(np.repeat(np.arange(len(picked)), nodes)),
+        len(picked),
+    )
+
+
+def graph_arrays(batch: GraphBatch) -> GraphArrays:
+    """Take a batch apart into ragged arrays, edges grouped by sample.
+
+    Not collective. The inverse of `graph_batch` over all samples.
+    """
+    node_graph = batch.node_graph.cpu().numpy()
+    source, target = batch.edge_source.cpu().numpy(), batch.edge_target.cpu().numpy()
+    edge_graph = node_graph[target]
+    order = np.argsort(edge_graph, kind="stable")
+    bounds = np.arange(batch.num_graphs + 1)
+    node_offset = np.searchsorted(node_graph, bounds)
+    first_node = node_offset[edge_graph[order]]
+    return GraphArrays(
+        node_offset,
+        batch.atomic_number.cpu().numpy(),
+        np.searchsorted(edge_graph[order], bounds),
+        source[order] - first_node,
+        target[order] - first_node,
+        batch.edge_vector.detach().cpu().numpy()[order],
+    )
+
+
+def numpy_rows(rows: RowsLike) -> Rows:
+    """Return a slice as it is, and indices as a numpy array. Not collective."""
+    if isinstance(rows, torch.Tensor):
+        return rows.detach().cpu().numpy()
+    return rows
+
+
+def torch_rows(rows: RowsLike) -> slice | torch.Tensor:
+    """Return a slice as it is, and indices as a tensor. Not collective."""
+    return rows if isinstance(rows, slice) else torch.as_tensor(rows)

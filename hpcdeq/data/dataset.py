@@ -1,0 +1,236 @@
+"""This rank's samples: read from a dataset file, or given as tensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpcdeq import parallel
+from hpcdeq.data.batches import GraphBatch, Inputs, RowsLike, graph_arrays, graph_batch, numpy_rows, torch_rows
+from hpcdeq.data.graphs import GraphArrays
+from hpcdeq.data.rows import HEAVIEST
+from hpcdeq.data.schema import SPLITS, Schema
+from hpcdeq.data.shards import Shards
+from hpcdeq.errors import DataError
+
+
+class Dataset:
+    """This rank's contiguous share of one split of a dataset file.
+
+    Collective on comm. Each rank opens the file for itself and reads its own rows only; nothing is gathered. If any
+    rank finds fault, all raise the same error.
+
+    Parameters
+    ----------
+    path
+        A dataset file, or a folder of parts.
+    split
+        ``train``, ``validation`` or ``test``.
+    comm
+        Over which the samples of the split are shared out; sizes differ by one at most and may be zero.
+    dtype
+        Of inputs and of regression targets.
+
+    Attributes
+    ----------
+    schema
+        What the file says of itself; `schema.count` counts all splits.
+    task, input_shape, output_size, count, offset, targets
+        See `hpcdeq.data.batches.SampleSource`; ``count`` is the split's.
+    ids
+        This rank's sample names.
+
+    Raises
+    ------
+    DataError
+        The file is missing, damaged or unfit, with dataset, row and reason.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        split: str = "train",
+        comm: parallel.Comm = parallel.WORLD,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.path = Path(path)
+        self.split = split
+        self.dtype = dtype
+        with parallel.agreement(comm):
+            if split not in SPLITS:
+                raise DataError(f"no split '{split}'; splits are {', '.join(SPLITS)}")
+            shards = Shards(self.path)
+            rows = np.flatnonzero(shards.splits == SPLITS.index(split))
+            share = parallel.own_slice(rows.size, comm.rank, comm.size)
+            samples = shards.read(rows[share])
+        self.schema: Schema = shards.schema
+        self.task = self.schema.task
+        self.input_shape = self.schema.sample_shape
+        self.output_size = self.schema.output_size
+        self.count = int(rows.size)
+        self.offset = int(share.start)
+        self.ids = list(samples.ids)
+        targets = torch.from_numpy(samples.targets)
+        self.targets = targets if self.task == "classification" else targets.to(dtype)
+        self._inputs: GraphArrays | torch.Tensor
+        if isinstance(samples.inputs, GraphArrays):
+            self._inputs = samples.inputs
+        else:
+            self._inputs = torch.from_numpy(samples.inputs).to(dtype)
+
+    def __len__(self) -> int:
+        """Return the number of samples of this rank. Not collective."""
+        return len(self.ids)
+
+    def batch(self, rows: RowsLike) -> tuple[Inputs, torch.Tensor]:
+        """Return inputs and targets of some of this rank's samples.
+
+        Not collective. A slice shares memory with the dataset where types allow.
+
+        Parameters
+        ----------
+        rows
+            A slice, or ``(b,)`` integers: numbers of samples within this rank.
+
+        Returns
+        -------
+        tuple
+            ``(b, *input_shape)`` tensor or `GraphBatch`, and ``(b,)`` or ``(b, T)`` targets.
+        """
+        targets = self.targets[torch_rows(rows)]
+        if isinstance(self._inputs, GraphArrays):
+            return graph_batch(self._inputs, numpy_rows(rows), self.dtype), targets
+        return self._inputs[torch_rows(rows)], targets
+
+
+class TensorDataset:
+    """A pair of tensors, this rank's rows, as a source of samples.
+
+    Collective on comm. A rank without samples gives tensors with zero rows and the common trailing shape.
+
+    Parameters
+    ----------
+    inputs
+        ``(b, ...)`` tensor, or a `GraphBatch` of ``b`` graphs; used in its own precision and on its own device.
+    targets
+        ``(b,)`` integers make it a classification; ``(b, T)`` or ``(b,)`` floating numbers a regression.
+    comm
+        Over which the samples are shared out, in rank order.
+    classes
+        Number of classes; by default, one more than the largest label on any rank.
+
+    Attributes
+    ----------
+    schema, task, input_shape, output_size, count, offset, targets
+        As in `Dataset`; a regression's targets have shape ``(b, T)``.
+
+    Raises
+    ------
+    DataError
+        Lengths or trailing shapes differ, numbers are not finite, labels are out of range.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        targets: torch.Tensor,
+        comm: parallel.Comm = parallel.WORLD,
+        classes: int | None = None,
+    ) -> None:
+        floating = targets.is_floating_point()
+        self.task = "regression" if floating else "classification"
+        self.targets = targets.reshape(len(targets), -1) if floating and targets.ndim == 1 else targets
+        if not floating:
+            self.targets = targets.to(torch.int64)
+        self._inputs = inputs
+        self._graphs: GraphArrays | None = None
+        self.input_shape: tuple[int, ...] = ()
+        if not isinstance(inputs, GraphBatch):
+            self.input_shape = tuple(inputs.shape[1:])
+        root = parallel.from_root(comm, self._trailing_shapes())
+        with parallel.agreement(comm):
+            self._check(root)
+            if isinstance(inputs, GraphBatch):
+                self._graphs = graph_arrays(inputs)
+        counts = parallel.counts_of_ranks(comm, len(targets))
+        self.count = sum(counts)
+        self.offset = sum(counts[: comm.rank])
+        if floating:
+            self.output_size = int(self.targets.shape[1])
+        else:
+            largest = int(parallel.max_over_ranks(comm, int(self.targets.max()) if len(targets) else -1))
+            self.output_size = largest + 1 if classes is None else classes
+            with parallel.agreement(comm):
+                if largest >= self.output_size:
+                    raise DataError(f"label {largest} is out of range for {self.output_size} classes")
+        self.schema = Schema(
+            self.task,
+            "graph" if self._graphs is not None else "array",
+            classes=() if floating else tuple(str(label) for label in range(self.output_size)),
+            target_names=tuple(f"target {place}" for place in range(self.output_size)) if floating else (),
+            target_units=("1",) * self.output_size if floating else (),
+            sample_shape=self.input_shape,
+            count=self.count,
+            provenance={"source": "tensors"},
+        )
+
+    def __len__(self) -> int:
+        """Return the number of samples of this rank. Not collective."""
+        return len(self.targets)
+
+    def batch(self, rows: RowsLike) -> tuple[Inputs, torch.Tensor]:
+        """Return inputs and targets of some of this rank's samples; see `Dataset.batch`.
+
+        Not collective.
+        """
+        targets = self.targets[torch_rows(rows)]
+        if isinstance(self._inputs, GraphBatch):
+            assert self._graphs is not None
+            made = graph_batch(self._graphs, numpy_rows(rows), self._inputs.edge_vector.dtype)
+            return made.to(device=self._inputs.edge_vector.device), targets
+        return self._inputs[torch_rows(rows)], targets
+
+    def _trailing_shapes(self) -> tuple[str, bool, tuple[int, ...], tuple[int, ...]]:
+        return self.task, isinstance(self._inputs, GraphBatch), self.input_shape, tuple(self.targets.shape[1:])
+
+    def _check(self, root: tuple[str, bool, tuple[int, ...], tuple[int, ...]]) -> None:
+        """Refuse this rank's tensors where they do not fit together, or do not fit rank 0's."""
+        inputs, targets = self._inputs, self.targets
+        if len(inputs) != len(targets):
+            raise DataError(f"{len(inputs)} inputs, but {len(targets)} targets: give one target a sample")
+        if targets.ndim != (1 if self.task == "classification" else 2):
+            raise DataError(f"targets of a {self.task} have shape (b,) or (b, T), got {tuple(targets.shape)}")
+        if self._trailing_shapes() != root:
+            raise DataError(
+                f"task, graphs, input and target shapes are {self._trailing_shapes()}, but {root} on rank 0;"
+                " a rank without samples gives tensors with zero rows of the common shape"
+            )
+        if self.task == "classification" and (targets < 0).any():
+            row = int(torch.argmax((targets < 0).int()))
+            raise DataError(f"targets row {row}: label {int(targets[row])} is out of range, labels start at 0")
+        values = {"inputs": inputs.edge_vector if isinstance(inputs, GraphBatch) else inputs, "targets": targets}
+        for name, tensor in values.items():
+            wrong = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1) if tensor.numel() else None
+            if wrong is not None and wrong.any():
+                row = int(torch.argmax(wrong.int()))
+                raise DataError(f"{name} row {row}: not finite; drop the row or repair its source")
+        if isinstance(inputs, GraphBatch):
+            self._check_graphs(inputs)
+
+    @staticmethod
+    def _check_graphs(batch: GraphBatch) -> None:
+        nodes, graphs = len(batch.atomic_number), batch.node_graph
+        ends = torch.cat([batch.edge_source, batch.edge_target])
+        if len(ends) and not (0 <= int(ends.min()) and int(ends.max()) < nodes):
+            raise DataError(f"edges name nodes {int(ends.min())} to {int(ends.max())} of {nodes}")
+        if len(graphs) != nodes or (graphs.diff() < 0).any():
+            raise DataError("node_graph has to name a sample for each node, and must not decrease")
+        if nodes and not (0 <= int(graphs[0]) and int(graphs[-1]) < batch.num_graphs):
+            raise DataError(f"node_graph names samples {int(graphs[0])} to {int(graphs[-1])} of {batch.num_graphs}")
+        if (graphs[batch.edge_source] != graphs[batch.edge_target]).any():
+            raise DataError("an edge joins two samples; edges stay within their sample")
+        if nodes and not (1 <= int(batch.atomic_number.min()) and int(batch.atomic_number.max()) <= HEAVIEST):
+            raise DataError(f"atomic numbers are 1 to {HEAVIEST}")

@@ -1,0 +1,142 @@
+"""What every optimiser emits and returns, and when it stops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hpcdeq import parallel
+from hpcdeq.problem import TrainingProblem
+from hpcdeq.problem.counts import Counts, FixedPointStatistics
+
+CONVERGED, BUDGET, DIVERGED, INTERRUPTED = "converged", "budget", "diverged", "interrupted"
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """One iterate, as the optimiser sees it.
+
+    Attributes
+    ----------
+    iteration
+        Number of steps taken; for a minibatch method, of epochs.
+    x
+        ``(n,)`` weights, the same on all ranks.
+    loss, gradient_norm
+        F(x) and the 2-norm of its gradient; for a minibatch method their means over the epoch's batches.
+    step_norm
+        2-norm of the change since the last iterate; None at the first.
+    trust_radius
+        The method's trust radius (of the next step), or None where it has none.
+    seconds
+        Wall time since `minimize` was called.
+    counts
+        Global work so far.
+    fixed_point
+        Fixed-point statistics since the last iterate, or None.
+    """
+
+    iteration: int
+    x: Tensor
+    loss: float
+    gradient_norm: float
+    step_norm: float | None
+    trust_radius: float | None
+    seconds: float
+    counts: Counts
+    fixed_point: FixedPointStatistics | None
+
+
+Callback = Callable[[Iterate], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How an optimisation ended.
+
+    Attributes
+    ----------
+    x
+        ``(n,)`` weights of the last iterate.
+    status
+        ``converged``, ``budget`` (iterations or time ran out), ``diverged`` or ``interrupted``.
+    reason
+        PETSc's own name of the reason, also for methods that are not PETSc's.
+    message
+        The reason in words, and what to try next where it is a failure.
+    loss, gradient_norm, iterations, counts
+        Of the last iterate.
+    history
+        (iteration, seconds, loss, gradient norm) of every iterate.
+    rejected
+        Trial points at which a fixed point was not found: they count as an infinite loss.
+    """
+
+    x: Tensor
+    status: str
+    reason: str
+    message: str
+    loss: float
+    gradient_norm: float
+    iterations: int
+    counts: Counts
+    history: list[tuple[int, float, float, float]]
+    rejected: int = 0
+
+
+@dataclass
+class Recorder:
+    """Collects iterates of one run, hands them on, and watches the clock. Its calls are collective on the problem's comm."""
+
+    problem: TrainingProblem
+    callback: Callback | None
+    max_seconds: float | None
+    start: float = field(default_factory=time.perf_counter)
+    history: list[tuple[int, float, float, float]] = field(default_factory=list)
+    last: Iterate | None = None
+    paused: float = 0.0
+
+    def seconds(self) -> float:
+        """Return rank 0's wall time of the optimisation itself: what callbacks take is left out.
+
+        Collective on the problem's comm.
+        """
+        return parallel.from_root(self.problem.comm, time.perf_counter() - self.start - self.paused)
+
+    def out_of_time(self) -> bool:
+        """Say whether the time is up, the same on all ranks. Collective on the problem's comm."""
+        return self.max_seconds is not None and self.seconds() >= self.max_seconds
+
+    def emit(self, iteration: int, x: Tensor, loss: float, gradient_norm: float, trust_radius: float | None) -> Iterate:
+        """Record an iterate and hand it to the callback. Collective on the problem's comm."""
+        step = None if self.last is None else float(torch.linalg.vector_norm((x - self.last.x).double()))
+        accounts = self.problem.accounts
+        self.last = Iterate(
+            iteration,
+            x.clone(),
+            loss,
+            gradient_norm,
+            step,
+            trust_radius,
+            self.seconds(),
+            accounts.totals(),
+            accounts.statistics(),
+        )
+        self.history.append((iteration, self.last.seconds, loss, gradient_norm))
+        if self.callback is not None:
+            since = time.perf_counter()
+            self.callback(self.last)
+            self.paused += time.perf_counter() - since
+        return self.last
+
+    def result(self, status: str, reason: str, message: str, rejected: int = 0) -> Result:
+        """Return the result at the last iterate. Not collective."""
+        assert self.last is not None
+        at = self.last
+        return Result(
+            at.x, status, reason, message, at.loss, at.gradient_norm, at.iteration, at.counts, self.history, rejected
+        )

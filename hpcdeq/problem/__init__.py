@@ -1,0 +1,7 @@
+"""A training task as an optimisation problem: loss, gradient and curvature products over MPI."""
+
+from hpcdeq.problem.losses import LOSSES, CrossEntropy, Loss, MeanSquare
+from hpcdeq.problem.parameters import ParameterLayout
+from hpcdeq.problem.training import TrainingProblem
+
+__all__ = ["LOSSES", "CrossEntropy", "Loss", "MeanSquare", "ParameterLayout", "TrainingProblem"]

@@ -1,0 +1,384 @@
+"""`TrainingProblem`: what an optimiser sees of a network and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hpcdeq import parallel
+from hpcdeq.data import SampleSource, TensorDataset
+from hpcdeq.errors import ConvergenceError, DataError, HpcdeqError, OptionError
+from hpcdeq.problem.counts import Accounts
+from hpcdeq.problem.linearised import Linearised, leaves, outputs_of
+from hpcdeq.problem.losses import Loss, loss_named
+from hpcdeq.problem.memory import fair_share, process_bytes
+from hpcdeq.problem.parameters import ParameterLayout
+
+CHUNK_SIZE = 512
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and metric of a model on a set of samples; NaN where a fixed point was not found."""
+
+    loss: float
+    metric: float
+
+
+class TrainingProblem:
+    """The mean loss of a network over a distributed set of samples, as a function of its weights.
+
+    F(p) = 1/N Σᵢ ℓ(y(xᵢ; p), tᵢ) + λ/2 ‖p‖². Values are the same on all ranks and do not depend on their number
+    beyond rounding and the tolerance of the fixed points. Samples are worked on in chunks, which bound the memory.
+    Every method is collective on comm unless it says otherwise; a failure on one rank is raised on all.
+
+    Parameters
+    ----------
+    model
+        ``model(inputs) -> outputs``; its present weights are the initial ones.
+    dataset
+        This rank's samples: a `Dataset`, or a pair (inputs, targets) of tensors, possibly empty.
+    loss
+        ``cross_entropy``, ``mse``, or a `Loss`.
+    comm
+        Communicator of mpi4py.
+    chunk_size
+        Samples that are evaluated together on a rank.
+    weight_decay
+        λ.
+    memory_limit
+        Bytes that this process may hold before linearised chunks are no longer kept between the products of one
+        iterate (they are then made anew each time). Default: half of the host's memory, shared among its ranks.
+
+    Raises
+    ------
+    DataError
+        No samples at all, or targets of the wrong kind for the loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: SampleSource | tuple[Tensor, Tensor],
+        loss: str | Loss = "cross_entropy",
+        comm: parallel.Comm = parallel.WORLD,
+        *,
+        chunk_size: int = CHUNK_SIZE,
+        weight_decay: float = 0.0,
+        memory_limit: int | None = None,
+    ) -> None:
+        if chunk_size < 1:
+            raise OptionError(f"chunk_size is {chunk_size}: give 1 or more samples")
+        if not weight_decay >= 0:
+            raise OptionError(f"weight_decay is {weight_decay}: give a number that is not negative")
+        self.model = model
+        self.comm = comm
+        self.loss_function = loss_named(loss)
+        self.dataset = TensorDataset(*dataset, comm=comm) if isinstance(dataset, tuple) else dataset
+        if self.dataset.count == 0:
+            raise DataError("the training set has no samples")
+        self.weight_decay = weight_decay
+        self.chunk_size = chunk_size
+        self.layout = ParameterLayout(model, comm)
+        self.accounts = Accounts(model, comm)
+        self.memory_limit = fair_share(comm) if memory_limit is None else memory_limit
+        self._point: Tensor | None = None
+        self._kept: dict[int, Linearised] = {}
+
+    # ------------------------------------------------------------------------------------------------- values
+
+    def initial(self) -> Tensor:
+        """Return the model's weights, ``(n,)``, the same on all ranks."""
+        return self.layout.initial(self.model)
+
+    def loss(self, p: Tensor, rows: np.ndarray | None = None) -> float:
+        """Return F(p).
+
+        Parameters
+        ----------
+        p
+            ``(n,)`` weights, the same on all ranks.
+        rows
+            Global numbers of the samples to average over, the same on all ranks; None: all.
+        """
+        own, error = self._guarded(lambda: self._local_loss(p, rows))
+        (total,) = parallel.sum_or_raise(self.comm, np.array([own or 0.0]), error)
+        return float(total) / self._size(rows) + self._decay(p)
+
+    def loss_and_gradient(self, p: Tensor, rows: np.ndarray | None = None) -> tuple[float, Tensor]:
+        """Return F(p) and its gradient ``(n,)`` on every rank. Arguments as in `loss`."""
+        total, own = self._local_gradient(p, rows)
+        gradient = torch.from_numpy(parallel.sum_over_ranks(self.comm, own.double().cpu().numpy()))
+        gradient = gradient.to(p) / self._size(rows) + self.weight_decay * p
+        return total / self._size(rows) + self._decay(p), gradient
+
+    def gradient(self, p: Tensor, rows: np.ndarray | None = None) -> Tensor:
+        """Return the gradient of F, ``(n,)``, on every rank. Arguments as in `loss`."""
+        return self.loss_and_gradient(p, rows)[1]
+
+    def owned_loss_and_gradient(self, p: Tensor, rows: np.ndarray | None = None) -> tuple[float, np.ndarray]:
+        """Return F(p) and this rank's block of its gradient (float64). Arguments as in `loss`."""
+        total, own = self._local_gradient(p, rows)
+        block = self.layout.scatter_sum(own) / self._size(rows)
+        return total / self._size(rows) + self._decay(p), block + self.weight_decay * self._block(p)
+
+    # ----------------------------------------------------------------------------------------------- products
+
+    def gauss_newton_product(self, p: Tensor, v: Tensor) -> Tensor:
+        """Return (1/N Σ Jᵢᵀ Lᵢ Jᵢ + λ I) v, ``(n,)`` on every rank; J = ∂y/∂p, L = ∂²ℓ/∂y²."""
+        return self._replicated(self._local_product(p, v, "gauss_newton_products"), v)
+
+    def hessian_product(self, p: Tensor, v: Tensor) -> Tensor:
+        """Return ∇²F(p) v, ``(n,)`` on every rank."""
+        return self._replicated(self._local_product(p, v, "hessian_products"), v)
+
+    def owned_product(self, p: Tensor, v: Tensor, *, curvature: str) -> np.ndarray:
+        """Return this rank's block of a curvature product (float64).
+
+        Parameters
+        ----------
+        p, v
+            ``(n,)`` tensors, the same on all ranks.
+        curvature
+            ``gauss_newton`` or ``hessian``.
+        """
+        own = self._local_product(p, v, f"{curvature}_products")
+        return self.layout.scatter_sum(own) / self.dataset.count + self.weight_decay * self._block(v)
+
+    def residual(self, p: Tensor) -> np.ndarray:
+        """Return this rank's rows of r with F = ½‖r‖², for losses that are sums of squares.
+
+        Raises
+        ------
+        OptionError
+            The loss is no sum of squares, or weight decay is on.
+        """
+        self.require_least_squares()
+
+        def local() -> np.ndarray:
+            parts = [self._residual_of(self._linearised(i, p), p) for i in range(self._chunk_count())]
+            self.accounts.own.losses += len(self.dataset)
+            return self._joined(parts)
+
+        return self._agreed(local) / self.dataset.count**0.5
+
+    def residual_jacobian_product(self, p: Tensor, v: Tensor) -> np.ndarray:
+        """Return this rank's rows of (∂r/∂p) v."""
+        pieces = self.layout.unflatten(v)
+
+        def local() -> np.ndarray:
+            return self._joined(
+                [
+                    self._residual_scale(at) * at.jacobian_product(pieces)
+                    for at in (self._linearised(i, p) for i in range(self._chunk_count()))
+                ]
+            )
+
+        self.accounts.own.gauss_newton_products += len(self.dataset)
+        return self._agreed(local) / self.dataset.count**0.5
+
+    def owned_residual_jacobian_transpose_product(self, p: Tensor, rows: np.ndarray) -> np.ndarray:
+        """Return this rank's block of (∂r/∂p)ᵀ u, u given by this rank's rows."""
+        cotangent = torch.from_numpy(rows.copy())
+
+        def local() -> Tensor:
+            total = self._zeros()
+            place = 0
+            for i in range(self._chunk_count()):
+                at = self._linearised(i, p)
+                size = at.outputs.numel()
+                u = cotangent[place : place + size].reshape(at.outputs.shape).to(at.outputs)
+                total += self.layout.flatten(at.jacobian_transpose_product(u * self._residual_scale(at)))
+                place += size
+            return total
+
+        return self.layout.scatter_sum(self._agreed(local)) / self.dataset.count**0.5
+
+    def require_least_squares(self) -> None:
+        """Refuse a loss that is no sum of squares. Not collective.
+
+        Raises
+        ------
+        OptionError
+            With the remedy.
+        """
+        probe = torch.zeros(1, 1)
+        if self.loss_function.residual_scale(probe) is None:
+            raise OptionError(
+                f"this optimiser needs a sum of squares, and the loss is {self.loss_function.name}: use the loss mse,"
+                " or another optimiser (trgn takes any loss)"
+            )
+        if self.weight_decay:
+            raise OptionError("this optimiser minimises the sum of squares alone: leave --weight-decay out")
+
+    # ------------------------------------------------------------------------------------------ looking at it
+
+    def evaluate(self, p: Tensor, dataset: SampleSource) -> Evaluation:
+        """Return mean loss and metric on a set of samples; NaN where a fixed point was not found. Not counted."""
+        pieces = self.layout.unflatten(p)
+
+        def local() -> list[float]:
+            sums = np.zeros(3)
+            with torch.no_grad():
+                for start in range(0, len(dataset), self.chunk_size):
+                    inputs, targets = dataset.batch(slice(start, min(start + self.chunk_size, len(dataset))))
+                    try:
+                        outputs = outputs_of(self.model, self.layout.names, pieces, inputs)
+                    except ConvergenceError:
+                        return [float("nan")] * 3
+                    self.loss_function.check(outputs, targets)
+                    sums += float(self.loss_function.total(outputs, targets)), *self.loss_function.metric_terms(outputs, targets)
+            return list(sums)
+
+        with self.accounts.paused():
+            own, error = self._guarded(local)
+        total, numerator, denominator = parallel.sum_or_raise(self.comm, np.array(own or [0.0] * 3), error)
+        if dataset.count == 0:
+            return Evaluation(float("nan"), float("nan"))
+        return Evaluation(float(total) / dataset.count, self.loss_function.metric_value(numerator, denominator))
+
+    def randomness(self) -> str | None:
+        """Name the first layer that makes the loss depend on chance or on the batch; None if there is none.
+
+        Not collective.
+        """
+        for name, module in self.model.named_modules():
+            if not module.training:
+                continue
+            kind = type(module).__name__
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                return f"{name} ({kind}, p = {module.p})"
+            if isinstance(module, nn.modules.batchnorm._NormBase) and not kind.startswith(("InstanceNorm", "LazyInstance")):
+                return f"{name} ({kind}, statistics of the batch)"
+        return None
+
+    def forget(self) -> None:
+        """Free the linearised chunks of the last iterate. Not collective."""
+        self._kept.clear()
+        self._point = None
+
+    # --------------------------------------------------------------------------------------------------- local
+
+    def _size(self, rows: np.ndarray | None) -> int:
+        return self.dataset.count if rows is None else len(rows)
+
+    def _decay(self, p: Tensor) -> float:
+        return 0.5 * self.weight_decay * float(p.double() @ p.double()) if self.weight_decay else 0.0
+
+    def _block(self, p: Tensor) -> np.ndarray:
+        return p[self.layout.owned].double().cpu().numpy()
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.layout.count, dtype=self.layout.dtype, device=self.layout.device)
+
+    def _guarded(self, local: Callable[[], Any]) -> tuple[Any, Exception | None]:
+        try:
+            return local(), None
+        except Exception as error:  # whatever it is: the other ranks must hear of it before this one raises
+            return None, error
+
+    def _agreed(self, local: Callable[[], Any]) -> Any:
+        own, error = self._guarded(local)
+        parallel.agree(self.comm, error)
+        return own
+
+    def _chunks(self, rows: np.ndarray | None) -> Iterator[tuple[Any, Tensor]]:
+        if rows is None:
+            for i in range(self._chunk_count()):
+                yield self._chunk(i)
+            return
+        first = self.dataset.offset
+        own = np.sort(rows[(rows >= first) & (rows < first + len(self.dataset))] - first)
+        for start in range(0, len(own), self.chunk_size):
+            yield self.dataset.batch(torch.from_numpy(own[start : start + self.chunk_size]))
+
+    def _chunk_count(self) -> int:
+        return -(-len(self.dataset) // self.chunk_size)
+
+    def _chunk(self, i: int) -> tuple[Any, Tensor]:
+        return self.dataset.batch(slice(i * self.chunk_size, min((i + 1) * self.chunk_size, len(self.dataset))))
+
+    def _local_loss(self, p: Tensor, rows: np.ndarray | None) -> float:
+        pieces = self.layout.unflatten(p)
+        total = 0.0
+        with torch.no_grad():
+            for inputs, targets in self._chunks(rows):
+                outputs = outputs_of(self.model, self.layout.names, pieces, inputs)
+                self.loss_function.check(outputs, targets)
+                total += float(self.loss_function.total(outputs, targets))
+                self.accounts.own.losses += len(targets)
+        return total
+
+    def _local_gradient(self, p: Tensor, rows: np.ndarray | None) -> tuple[float, Tensor]:
+        pieces = self.layout.unflatten(p)
+
+        def local() -> tuple[float, Tensor]:
+            total, gradient = 0.0, self._zeros()
+            for inputs, targets in self._chunks(rows):
+                weights = leaves(pieces)
+                with torch.enable_grad():
+                    outputs = outputs_of(self.model, self.layout.names, weights, inputs)
+                    self.loss_function.check(outputs, targets)
+                    value = self.loss_function.total(outputs, targets)
+                parts = torch.autograd.grad(value, weights, allow_unused=True)
+                gradient += self.layout.flatten(parts)
+                total += float(value.detach())
+                self.accounts.own.gradients += len(targets)
+            return total, gradient
+
+        own, error = self._guarded(local)
+        (total,) = parallel.sum_or_raise(self.comm, np.array([own[0] if own else 0.0]), error)
+        return float(total), own[1]
+
+    def _local_product(self, p: Tensor, v: Tensor, kind: str) -> Tensor:
+        pieces = self.layout.unflatten(v)
+
+        def local() -> Tensor:
+            total = self._zeros()
+            for i in range(self._chunk_count()):
+                at = self._linearised(i, p)
+                product = at.gauss_newton_product if kind == "gauss_newton_products" else at.hessian_product
+                total += self.layout.flatten(product(pieces))
+            return total
+
+        own = self._agreed(local)
+        setattr(self.accounts.own, kind, getattr(self.accounts.own, kind) + len(self.dataset))
+        return own
+
+    def _replicated(self, own: Tensor, v: Tensor) -> Tensor:
+        total = torch.from_numpy(parallel.sum_over_ranks(self.comm, own.double().cpu().numpy()))
+        return total.to(v) / self.dataset.count + self.weight_decay * v
+
+    def _linearised(self, i: int, p: Tensor) -> Linearised:
+        """Return chunk i linearised at p, from the last product at the same p if it was kept."""
+        if self._point is None or not torch.equal(self._point, p):
+            self._kept.clear()
+            self._point = p.detach().clone()
+        if i in self._kept:
+            return self._kept[i]
+        inputs, targets = self._chunk(i)
+        at = Linearised(self.model, self.layout.names, self.layout.unflatten(p), inputs, targets, self.loss_function)
+        if process_bytes() < self.memory_limit:
+            self._kept[i] = at
+        return at
+
+    def _residual_of(self, at: Linearised, p: Tensor) -> Tensor:
+        r = self.loss_function.residual(at.outputs, at.targets)
+        if r is None:
+            raise HpcdeqError(f"the loss {self.loss_function.name} has no residual")
+        return r
+
+    def _residual_scale(self, at: Linearised) -> float:
+        scale = self.loss_function.residual_scale(at.outputs)
+        assert scale is not None
+        return scale
+
+    def _joined(self, parts: list[Tensor]) -> np.ndarray:
+        if not parts:
+            return np.empty(0)
+        return torch.cat([part.reshape(-1) for part in parts]).double().cpu().numpy()
