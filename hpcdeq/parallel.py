@@ -231,3 +231,11 @@ def ranks_on_this_host(comm: Comm) -> int:
     size = node.size
     node.Free()
     return size
+
+
+def first_on_this_host(comm: Comm) -> bool:
+    """Say whether this rank is the lowest of its host. Collective on comm."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    first = node.rank == 0
+    node.Free()
+    return first

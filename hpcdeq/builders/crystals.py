@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from hpcdeq import parallel
 from hpcdeq.builders.neighbours import graph_block
 from hpcdeq.builders.samples import (
+    BLOCK,
     Report,
     Skipped,
     assign_splits,
@@ -31,8 +32,7 @@ from hpcdeq.data.schema import Schema
 from hpcdeq.data.writer import DatasetWriter
 from hpcdeq.errors import OptionError
 
-Item = TypeVar("Item")
-Progress = Callable[[Iterable[Item], str, int | None], Iterable[Item]]
+Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,14 @@ class CrystalOptions:
         origin = provenance(str(source), command, ["pymatgen"])
         origin["neighbours"] = self.neighbours
         if self.regression:
-            named = {"target_names": (self.property_name,), "target_units": (self.units,)}
-            return Schema("regression", "graph", **named, provenance=origin)
+            return Schema(
+                "regression", "graph", target_names=(self.property_name,), target_units=(self.units,), provenance=origin
+            )
         origin["thresholds"] = f"{self.property_name} at {', '.join(map(str, self.thresholds))} {self.units}"
         return Schema("classification", "graph", classes=self.classes, provenance=origin)
 
 
-def silent(items: Iterable[Item], label: str, total: int | None) -> Iterable[Item]:
+def silent(items: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
     """Show no progress. Not collective."""
     return items
 
@@ -176,23 +177,19 @@ def _build(
         if torn:
             report.notes.append(f"{torn} formulas are in more than one split of the source, and so here")
         order = np.argsort(splits, kind="stable")
-        stream = list(blocks((records[row], int(splits[row])) for row in order))
-        work = in_order(executor, graph_pairs, progress(stream, "neighbours", len(stream)), options.neighbours, ahead=ahead)
-        for pairs, (kept, graphs, skipped) in work:
-            report.skipped += skipped
-            if not kept:
-                continue
-            chosen = [pairs[place] for place in kept]
-            own_splits = np.array([split for _, split in chosen], np.uint8)
-            targets = options.targets(np.array([record.value for record, _ in chosen]))
-            writer.append(SampleRows([record.id for record, _ in chosen], targets, graphs), own_splits)
+        splits = splits[order]
+        stream = list(blocks(records[row] for row in order))
+        shown = progress(stream, "neighbours", len(stream))
+        start = 0
+        for block, (kept, graphs, skipped) in in_order(executor, graph_block, shown, options.neighbours, ahead=ahead):
+            own_splits = splits[start + np.array(kept, np.int64)]
+            start += len(block)
+            targets = options.targets(np.array([block[place].value for place in kept]))
+            writer.append(SampleRows([block[place].id for place in kept], targets, graphs), own_splits)
             report.add(own_splits, targets)
+            report.skipped += skipped
         refuse_if_none(source, writer.count, report.skipped)
     return report
-
-
-def graph_pairs(pairs: list[tuple[StructureRecord, int]], neighbours: int):
-    return graph_block([record for record, _ in pairs], neighbours)
 
 
 def _read(
@@ -204,10 +201,11 @@ def _read(
     progress: Progress,
 ) -> list[StructureRecord]:
     """Parse the source; what cannot be read goes to the report."""
-    rows = itertools.islice(source_rows(source), options.limit)
-    total = None if options.limit is None else -(-options.limit // 64)
+    rows = blocks(itertools.islice(source_rows(source), options.limit))
+    total = None if options.limit is None else -(-options.limit // BLOCK)
+    shown = progress(rows, "reading", total)
     records: list[StructureRecord] = []
-    for _, answers in in_order(executor, read_block, progress(blocks(rows), "reading", total), options.property_name, ahead=ahead):
+    for _, answers in in_order(executor, read_block, shown, options.property_name, ahead=ahead):
         records += [answer for answer in answers if isinstance(answer, StructureRecord)]
         report.skipped += [answer for answer in answers if isinstance(answer, Skipped)]
     refuse_if_none(source, len(records), report.skipped)

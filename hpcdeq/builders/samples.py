@@ -141,7 +141,8 @@ def assign_splits(
         place = fraction_of(group, seed)
         named = split or known.get(group)
         if named is None:
-            named = SPLITS[0 if place < 1 - TEST_FRACTION - validation_fraction else 1 if place < 1 - TEST_FRACTION else 2]
+            bounds = (1 - TEST_FRACTION - validation_fraction, 1 - TEST_FRACTION)
+            named = SPLITS[int(np.searchsorted(bounds, place, side="right"))]
         elif named == "train" and not own_validation and place < validation_fraction:
             named = "validation"
         splits[row] = SPLITS.index(named)
@@ -150,8 +151,10 @@ def assign_splits(
 
 def straddling(groups: Sequence[str], splits: np.ndarray) -> int:
     """Return the number of groups with samples in more than one split. Not collective."""
-    pairs = set(zip(groups, splits.tolist(), strict=True))
-    return len(pairs) - len({group for group, _ in pairs})
+    homes: dict[str, set[int]] = {}
+    for group, split in zip(groups, splits.tolist(), strict=True):
+        homes.setdefault(group, set()).add(split)
+    return sum(len(found) > 1 for found in homes.values())
 
 
 def provenance(source: str, command: str, packages: Sequence[str]) -> dict[str, Any]:

@@ -142,14 +142,12 @@ class TensorDataset:
     ) -> None:
         floating = targets.is_floating_point()
         self.task = "regression" if floating else "classification"
-        self.targets = targets.reshape(len(targets), -1) if floating and targets.ndim == 1 else targets
-        if not floating:
-            self.targets = targets.to(torch.int64)
+        self.targets = targets if floating else targets.to(torch.int64)
+        if floating and targets.ndim == 1:
+            self.targets = targets.unsqueeze(1)
         self._inputs = inputs
         self._graphs: GraphArrays | None = None
-        self.input_shape: tuple[int, ...] = ()
-        if not isinstance(inputs, GraphBatch):
-            self.input_shape = tuple(inputs.shape[1:])
+        self.input_shape: tuple[int, ...] = () if isinstance(inputs, GraphBatch) else tuple(inputs.shape[1:])
         root = parallel.from_root(comm, self._trailing_shapes())
         with parallel.agreement(comm):
             self._check(root)

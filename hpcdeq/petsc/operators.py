@@ -23,14 +23,27 @@ class ProductMatrix:
     def __init__(self, product: Product, transpose_product: Product | None = None) -> None:
         self.product = product
         self.transpose_product = transpose_product or product
+        self.multiple = 0.0
+
+    def shift(self, matrix: PETSc.Mat, multiple: float) -> None:
+        """Add a multiple of the identity: TAO's line searches make an indefinite Hessian positive with it. Not collective."""
+        self.multiple += multiple
+
+    def unshift(self) -> None:
+        """Take all multiples of the identity away again; the owner calls it when the matrix changes. Not collective."""
+        self.multiple = 0.0
 
     def mult(self, matrix: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """Set y = A x. Collective on the matrix."""
         self.product(x, y)
+        if self.multiple:
+            y.axpy(self.multiple, x)
 
     def multTranspose(self, matrix: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:  # noqa: N802 (petsc4py's name)
         """Set y = Aᵀ x. Collective on the matrix."""
         self.transpose_product(x, y)
+        if self.multiple:
+            y.axpy(self.multiple, x)
 
 
 def matrix_from_products(

@@ -40,7 +40,8 @@ def vocabulary() -> frozenset[str]:
     settings = petsc4py.get_config()
     root = Path(settings["PETSC_DIR"]) / settings.get("PETSC_ARCH", "")
     names: set[str] = set()
-    for path in sorted(root.glob("lib/libpetsc*.so")) + sorted(root.glob("lib/libpetsc*.dylib")):
+    files = {path.resolve() for path in (*root.glob("lib/libpetsc*.so*"), *root.glob("lib/libpetsc*.dylib"))}
+    for path in sorted(files):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             names.update(found.decode() for found in re.findall(rb"\x00(-[a-z][a-z0-9_]+)(?=\x00)", data))
     return frozenset(names)

@@ -242,6 +242,10 @@ class TrainingProblem:
             return Evaluation(float("nan"), float("nan"))
         return Evaluation(float(total) / dataset.count, self.loss_function.metric_value(numerator, denominator))
 
+    def sum_of_blocks(self, values: np.ndarray) -> float:
+        """Return the sum of all entries of a distributed vector, given this rank's block."""
+        return float(parallel.sum_over_ranks(self.comm, np.array([values.sum()]))[0])
+
     def randomness(self) -> str | None:
         """Name the first layer that makes the loss depend on chance or on the batch; None if there is none.
 

@@ -1,0 +1,100 @@
+"""`minimize`: one verb for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hpcdeq.errors import ConvergenceError, DataError, OptionError
+from hpcdeq.optim.adam import AdamSettings, minimize_adam
+from hpcdeq.optim.base import DIVERGED, Callback, Recorder, Result
+from hpcdeq.optim.presets import METHODS, preset_of, resolved_options
+from hpcdeq.optim.tao import TaoRun
+from hpcdeq.petsc.options import Value
+from hpcdeq.problem import TrainingProblem
+
+__all__ = ["METHODS", "minimize", "resolved_options"]
+
+
+def minimize(
+    problem: TrainingProblem,
+    method: str = "trgn",
+    max_iterations: int = 100,
+    options: Mapping[str, Value] | None = None,
+    *,
+    initial: Tensor | None = None,
+    max_seconds: float | None = None,
+    callback: Callback | None = None,
+    adam: AdamSettings | None = None,
+    raise_on_failure: bool = True,
+) -> Result:
+    """Minimise a training problem.
+
+    Collective on the problem's comm.
+
+    Parameters
+    ----------
+    problem
+        What is minimised.
+    method
+        ``trgn``, ``lbfgs``, ``newton``, ``adam``, or ``tao:TYPE`` with any type of TAO's.
+    max_iterations
+        Bound on the steps (for adam: epochs).
+    options
+        PETSc options such as ``{"tao_gatol": 1e-8}``; the command line wins over them, they win over the preset's.
+    initial
+        ``(n,)`` weights to begin with, the same on all ranks; default: the model's.
+    max_seconds
+        Bound on the wall time, checked after each iteration.
+    callback
+        Called with each `Iterate`, on all ranks.
+    adam
+        Settings of Adam; only with ``method="adam"``.
+    raise_on_failure
+        Whether a diverged run raises or is returned with its status.
+
+    Raises
+    ------
+    ConvergenceError
+        The method failed; ``record`` is the `Result`.
+    OptionError
+        An unknown method or option, or a method that does not fit the problem.
+    DataError
+        The loss at the initial weights is not finite.
+    """
+    preset = preset_of(method)
+    if max_iterations < 0:
+        raise OptionError(f"max_iterations is {max_iterations}: give 0 or more")
+    x0 = problem.initial() if initial is None else initial.detach()
+    if x0.shape != (problem.layout.count,):
+        raise OptionError(f"initial has shape {tuple(x0.shape)}, the model has ({problem.layout.count},) weights")
+    if not bool(torch.isfinite(x0).all()):
+        bad = int((~torch.isfinite(x0)).nonzero()[0])
+        raise DataError(
+            f"the initial weights are not finite (first: number {bad} of {problem.layout.count}): mend the model's initialisation",
+            agreed=True,
+        )
+    recorder = Recorder(problem, callback, max_seconds)
+    if method == "adam":
+        if options:
+            raise OptionError("adam has no PETSc options: its settings are --learning-rate, --batch-size and --seed")
+        result = minimize_adam(recorder, x0, adam or AdamSettings(), max_iterations)
+    else:
+        if adam is not None:
+            raise OptionError(f"settings of adam do not go with {method}: it works on all samples at once")
+        layer = problem.randomness()
+        if layer is not None:
+            raise OptionError(
+                f"{method} needs a loss that is the same each time, and layer {layer} makes it random: remove it, call"
+                " model.eval(), or use adam"
+            )
+        result = TaoRun(recorder, preset).minimize(x0, resolved_options(method, options), max_iterations)
+    if result.status == DIVERGED and raise_on_failure:
+        raise ConvergenceError(
+            f"{method} stopped after {result.iterations} iterations: {result.reason}, {result.message}.",
+            record=result,
+            agreed=True,
+        )
+    return result

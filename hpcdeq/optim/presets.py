@@ -1,0 +1,105 @@
+"""The named methods: sets of PETSc options and the curvature that goes with them. Nothing here is out of a user's reach."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hpcdeq.errors import OptionError
+from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.options import Value
+
+GAUSS_NEWTON, HESSIAN = "gauss_newton", "hessian"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A way to minimise.
+
+    Attributes
+    ----------
+    summary
+        One line for help texts.
+    options
+        PETSc options, names with their ``tao_`` and without a dash.
+    curvature
+        Which matrix TAO is given as the Hessian: ``gauss_newton`` or ``hessian``.
+    least_squares
+        Whether TAO is given residuals and their Jacobian instead of a loss.
+    """
+
+    summary: str
+    options: Mapping[str, Value] = field(default_factory=dict)
+    curvature: str = HESSIAN
+    least_squares: bool = False
+
+
+# Inner conjugate-gradient steps are bounded: without a bound TAO spends around 80 products on an iteration.
+_INNER = 20
+
+PRESETS: dict[str, Preset] = {
+    "trgn": Preset(
+        "trust-region Gauss-Newton (TAO bntr): few, costly iterations; the usual choice for full batches",
+        {"tao_type": "bntr", "tao_bnk_ksp_max_it": _INNER, "tao_bnk_ksp_rtol": 1e-2, "tao_bnk_init_type": "constant"},
+        GAUSS_NEWTON,
+    ),
+    "lbfgs": Preset(
+        "limited-memory BFGS (TAO lmvm): cheap iterations, no curvature products",
+        {"tao_type": "lmvm", "tao_lmvm_mat_lmvm_hist_size": 20},
+    ),
+    "newton": Preset(
+        "inexact Newton with line search and the true Hessian (TAO bnls)",
+        {"tao_type": "bnls", "tao_bnk_ksp_max_it": _INNER, "tao_bnk_ksp_rtol": 1e-2, "tao_bnk_init_type": "constant"},
+    ),
+    "adam": Preset("Adam on minibatches (Kingma and Ba 2015); an iteration is an epoch"),
+}
+
+# What PETSc's types need beyond their defaults to be usable here.
+_TYPES: dict[str, Preset] = {
+    "brgn": Preset(
+        "regularised Gauss-Newton",
+        {"tao_brgn_subsolver_tao_type": "bntr", "tao_brgn_subsolver_tao_bnk_ksp_max_it": _INNER},
+        GAUSS_NEWTON,
+        least_squares=True,
+    ),
+    "pounders": Preset("derivative-free least squares", least_squares=True),
+    "nls": Preset("Newton line search", {"tao_nls_ksp_max_it": _INNER}),
+    "ntr": Preset("Newton trust region", {"tao_ntr_ksp_max_it": _INNER}),
+    "ntl": Preset("Newton trust region with line search", {"tao_ntl_ksp_max_it": _INNER}),
+    **{name: Preset("bounded Newton-Krylov", {"tao_bnk_ksp_max_it": _INNER}) for name in ("bnls", "bntr", "bntl")},
+    **{name: Preset("bounded quasi-Newton-Krylov", {"tao_bnk_ksp_max_it": _INNER}) for name in ("bqnkls", "bqnktr", "bqnktl")},
+}
+
+METHODS = tuple(PRESETS)
+
+
+def preset_of(method: str) -> Preset:
+    """Return the preset of a method's name, or of ``tao:TYPE``.
+
+    Not collective.
+
+    Raises
+    ------
+    OptionError
+        There is no such method or type; the nearest is named.
+    """
+    if method in PRESETS:
+        return PRESETS[method]
+    if method.startswith("tao:"):
+        kind = method[4:]
+        types = sorted(v for k, v in vars(PETSc.TAO.Type).items() if k.isupper())
+        if kind not in types:
+            near = difflib.get_close_matches(kind, types, n=1)
+            hint = f"did you mean tao:{near[0]}?" if near else f"types: {', '.join(types)}"
+            raise OptionError(f"unknown TAO type {kind!r}: {hint}")
+        known = _TYPES.get(kind, Preset(f"TAO {kind}"))
+        return Preset(known.summary, {"tao_type": kind, **known.options}, known.curvature, known.least_squares)
+    near = difflib.get_close_matches(method, METHODS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(METHODS)} or tao:TYPE"
+    raise OptionError(f"unknown optimizer {method!r}: {hint}")
+
+
+def resolved_options(method: str, options: Mapping[str, Value] | None = None) -> dict[str, Value]:
+    """Return the PETSc options that a method runs with, the given ones in place of the preset's. Not collective."""
+    return {**preset_of(method).options, **{name.lstrip("-"): value for name, value in (options or {}).items()}}

@@ -1,0 +1,203 @@
+"""Make a dataset file: `python -m hpcdeq.prepare KIND [SOURCE] --out FILE.h5`.
+
+Another kind of data is another entry of `KINDS`. Nothing heavy is imported before the command line is understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpcdeq.commands import CommandParser
+from hpcdeq.errors import EXIT_DONE, DataError, OptionError
+
+if TYPE_CHECKING:
+    from hpcdeq.builders.samples import Report, Skipped
+
+PROGRAM = "python -m hpcdeq.prepare"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of data: a line of help, its options, and how to build the file (collective on all ranks)."""
+
+    summary: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    build: Callable[[argparse.Namespace, str], Report]
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _crystal_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="CIF folder with id_prop.csv, .jsonl[.gz], or .json[.gz]")
+    parser.add_argument("--property", default="band_gap", metavar="NAME", help="what to learn (default band_gap)")
+    parser.add_argument("--thresholds", type=_numbers, metavar="A,B,...", help="bounds of classes (default 0.01,3.0)")
+    parser.add_argument("--classes", type=_names, metavar="A,B,...", help="their names, one more than thresholds")
+    parser.add_argument("--regression", action="store_true", help="learn the value instead of a class")
+    parser.add_argument("--units", help="unit of the property (default for band_gap: eV)")
+    parser.add_argument("--neighbours", type=int, default=12, metavar="K", help="edges an atom (default 12)")
+    parser.add_argument("--validation-fraction", type=float, default=0.1, metavar="F", help="default 0.1")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="local processes (default all cores for CIF, else 1; not under MPI)"
+    )
+
+
+def _build_crystals(options: argparse.Namespace, command: str) -> Report:
+    from hpcdeq.builders.crystals import CrystalOptions, prepare_crystals, silent
+
+    usual = options.property == "band_gap"
+    if not options.regression and not usual and options.thresholds is None:
+        raise OptionError(f"--property {options.property}: say --thresholds A,B,... for classes, or --regression")
+    if options.regression and not usual and options.units is None:
+        raise OptionError(f"--regression of {options.property}: say its unit with --units (1 where it has none)")
+    if options.processes is not None and options.processes < 1:
+        raise OptionError(f"--processes {options.processes}: at least 1")
+    # A row of JSON is read in less time than it takes to send it to another process; a CIF file takes far longer.
+    processes = options.processes or (len(os.sched_getaffinity(0)) if Path(options.source).is_dir() else 1)
+    thresholds = options.thresholds or CrystalOptions.thresholds
+    classes = options.classes or (CrystalOptions.classes if options.thresholds is None else _range_names(thresholds))
+    return prepare_crystals(
+        options.out,
+        options.source,
+        CrystalOptions(
+            property_name=options.property,
+            thresholds=thresholds,
+            classes=classes,
+            units=options.units or ("eV" if usual else ""),
+            regression=options.regression,
+            neighbours=options.neighbours,
+            validation_fraction=options.validation_fraction,
+            seed=options.seed,
+            limit=options.limit,
+        ),
+        processes=processes,
+        command=command,
+        progress=silent if options.quiet or not sys.stderr.isatty() else _bar,
+    )
+
+
+def _range_names(thresholds: tuple[float, ...]) -> tuple[str, ...]:
+    middle = [f"{low:g} to {high:g}" for low, high in zip(thresholds, thresholds[1:], strict=False)]
+    return (f"below {thresholds[0]:g}", *middle, f"from {thresholds[-1]:g}")
+
+
+def _bar(blocks: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(blocks, desc=label, total=total, unit="block", leave=False)
+
+
+def _burgers_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--points", type=int, default=64, metavar="N", help="grid points (default 64)")
+    parser.add_argument("--viscosity", type=float, default=0.02, metavar="NU", help="default 0.02")
+    parser.add_argument("--time", type=float, default=0.5, metavar="T", help="end time (default 0.5)")
+
+
+def _build_burgers(options: argparse.Namespace, command: str) -> Report:
+    from hpcdeq.builders.fields import prepare_burgers
+
+    count = 1000 if options.limit is None else options.limit
+    return prepare_burgers(
+        options.out, count, options.points, options.viscosity, options.time, options.seed, command=command
+    )
+
+
+KINDS = {
+    "crystals": Kind("structures with a property, as graphs of neighbours", _crystal_options, _build_crystals),
+    "burgers": Kind("viscous Burgers: initial condition to solution at time T", _burgers_options, _build_burgers),
+}
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of this command. Not collective."""
+    parser = CommandParser(prog=PROGRAM, description=(__doc__ or "").split("\n")[0])
+    chosen = parser.add_subparsers(dest="kind", metavar="KIND", required=True, help="one of:")
+    for name, kind in KINDS.items():
+        own = chosen.add_parser(name, help=kind.summary, description=kind.summary)
+        kind.add_options(own)
+        own.add_argument("--out", required=True, type=Path, metavar="FILE.h5", help="replaced on success only")
+        own.add_argument("--limit", type=int, metavar="N", help="first N rows of the source, or number of samples")
+        own.add_argument("--seed", type=int, default=0, metavar="S", help="of splits or samples (default 0)")
+        own.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Make a dataset file and say what is in it.
+
+    Collective on MPI.COMM_WORLD.
+
+    Raises
+    ------
+    HpcdeqError
+        The source, an option or the output folder is no good; raised on all ranks.
+    """
+    options = build_parser().parse_args(arguments)
+    from hpcdeq import parallel
+
+    begin = time.perf_counter()
+    report = KINDS[options.kind].build(options, shlex.join([*PROGRAM.split(), *arguments]))
+    with parallel.agreement(parallel.WORLD):
+        if parallel.WORLD.rank == 0:
+            listing = _list_skipped(options.out, report.skipped)
+            print(summary(options.out, report, listing, time.perf_counter() - begin), flush=True)
+    return EXIT_DONE
+
+
+def _list_skipped(out: Path, skipped: list[Skipped]) -> Path:
+    """Write all skipped rows next to the dataset, and remove the list of an earlier run where there are none."""
+    listing = out.with_suffix(".skipped.csv")
+    try:
+        if not skipped:
+            listing.unlink(missing_ok=True)
+            return listing
+        with listing.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["row", "reason"])
+            table.writerows([row.row, row.reason] for row in skipped)
+    except OSError as error:
+        raise DataError(f"{out} is written, but not the list of skipped rows: {error}") from error
+    return listing
+
+
+def summary(out: Path, report: Report, listing: Path, seconds: float) -> str:
+    """Return what a user wants to know about a file that was just written.
+
+    Not collective.
+    """
+    from hpcdeq.data.schema import SPLITS
+
+    lines = [f"{out}: {sum(report.split_counts)} samples in {seconds:.1f} s"]
+    for split, name in enumerate(SPLITS):
+        kinds = report.class_counts[split] if report.class_counts else []
+        parts = ", ".join(f"{label} {number}" for label, number in zip(report.classes, kinds, strict=False))
+        lines.append(f"  {name:<10} {report.split_counts[split]:>7}" + (f"  ({parts})" if parts else ""))
+    if report.skipped:
+        lines.append(f"  skipped    {len(report.skipped):>7}  (all in {listing})")
+        lines += [f"    {row.row}: {row.reason}" for row in report.skipped[:5]]
+        if len(report.skipped) > 5:
+            lines.append(f"    and {len(report.skipped) - 5} more")
+    lines += [f"  note: {note}" for note in report.notes]
+    lines.append(f"next: mpirun -n 2 python -m hpcdeq.train --data {shlex.quote(str(out))}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    build_parser().parse_args(sys.argv[1:])  # a wrong command line ends here, before MPI starts
+    from hpcdeq.parallel import launch
+
+    launch(main, sys.argv[1:])

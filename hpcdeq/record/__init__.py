@@ -1,0 +1,23 @@
+"""What a run leaves behind: its folder, its history, the progress on the terminal, the energy, the best weights."""
+
+from hpcdeq.record.best import SavedModel, load_model, save_model
+from hpcdeq.record.energy import EnergyMeter, host_meter, job_joules
+from hpcdeq.record.monitor import HISTORY_COLUMNS, HistoryWriter, RunDirectory, over_run, summary
+from hpcdeq.record.progress import Progress
+from hpcdeq.record.provenance import environment
+
+__all__ = [
+    "HISTORY_COLUMNS",
+    "EnergyMeter",
+    "HistoryWriter",
+    "Progress",
+    "RunDirectory",
+    "SavedModel",
+    "environment",
+    "host_meter",
+    "job_joules",
+    "load_model",
+    "over_run",
+    "save_model",
+    "summary",
+]
