@@ -239,3 +239,19 @@ def first_on_this_host(comm: Comm) -> bool:
     first = node.rank == 0
     node.Free()
     return first
+
+
+def cores_of_rank(comm: Comm) -> int:
+    """Return how many cores this rank may keep busy: those it is bound to, or its share of the host's.
+
+    Collective on comm.
+    """
+    try:
+        own = frozenset(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        own = frozenset(range(os.cpu_count() or 1))
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    everyone = node.allgather(own)
+    node.Free()
+    sharing = sum(1 for cores in everyone if cores & own)
+    return max(1, len(own) // sharing)

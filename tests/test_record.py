@@ -144,7 +144,7 @@ def test_json_has_null_for_what_is_no_number(tmp_path: Path):
 
 def test_history_has_the_designs_columns_and_blanks(tmp_path: Path):
     path = tmp_path / "history.csv"
-    found = FixedPointStatistics(7.5, 12, 1)
+    found = FixedPointStatistics(100, 7.5, 12, 1)
     with record.HistoryWriter(path) as history:
         history.write(iterate(), None)
         history.write(
@@ -182,7 +182,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_summary_has_the_designs_keys():
-    found = summary(fixed_point=record.over_run([FixedPointStatistics(4.0, 9, 0), FixedPointStatistics(6.0, 7, 2)]))
+    found = summary(fixed_point=record.over_run([FixedPointStatistics(10, 4.0, 9, 0), FixedPointStatistics(10, 6.0, 7, 2)]))
     assert list(found) == names(SUMMARY_KEYS)
     assert list(found["loss"]) == ["train", "validation", "test"]
     assert list(found["metric"]) == ["name", "train", "validation", "test"]
@@ -214,7 +214,7 @@ def test_environment_tells_where_the_run_was_started():
 def test_progress_prints_the_first_and_the_last_line(capsys: pytest.CaptureFixture[str]):
     progress = record.Progress("accuracy", interval=3600)
     for number in range(50):
-        progress.write(iterate(number, fixed_point=FixedPointStatistics(7.25, 12, 3)), Evaluation(1.0, 0.875))
+        progress.write(iterate(number, fixed_point=FixedPointStatistics(100, 7.25, 12, 3)), Evaluation(1.0, 0.875))
     progress.finish(
         result(),
         train=Evaluation(0.5, 0.75),

@@ -8,12 +8,12 @@ import os
 
 os.environ.setdefault("MKL_THREADING_LAYER", "SEQUENTIAL")
 
-import petsc4py
+import petsc4py  # noqa: E402 (after the environment)
 
-from hpcdeq.petsc.vocabulary import given_arguments
+from hpcdeq.startup import PETSC_ARGUMENTS  # noqa: E402
 
-petsc4py.init(given_arguments())
+petsc4py.init(["hpcdeq", *PETSC_ARGUMENTS])
 
-from petsc4py import PETSc
+from petsc4py import PETSc  # noqa: E402 (after init)
 
 __all__ = ["PETSc"]

@@ -18,19 +18,6 @@ import petsc4py
 
 from hpcdeq.errors import OptionError
 
-_arguments: list[str] = ["hpcdeq"]
-
-
-def set_arguments(arguments: list[str]) -> None:
-    """Hand the command line's PETSc options over, before PETSc is first imported. Not collective."""
-    _arguments[1:] = arguments
-
-
-def given_arguments() -> list[str]:
-    """Return the argument list that PETSc is initialised with. Not collective."""
-    return list(_arguments)
-
-
 @functools.cache
 def vocabulary() -> frozenset[str]:
     """Return every option name that the PETSc library knows, with its dash; empty where it cannot be read.

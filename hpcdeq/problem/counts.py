@@ -28,8 +28,9 @@ class Counts:
 
 @dataclass(frozen=True)
 class FixedPointStatistics:
-    """Forward solves since the last look: iterations of a sample (mean, largest) and samples that did not converge."""
+    """Forward solves of samples since the last look: their number, iterations (mean, largest), how many did not converge."""
 
+    solves: int
     mean_iterations: float
     max_iterations: int
     unconverged: int
@@ -80,4 +81,4 @@ class Accounts:
         solves, iterations, unconverged = (sum(t[i] for t in taken) for i in (0, 1, 3))
         sums = parallel.sum_over_ranks(self.comm, np.array([solves, iterations, unconverged], dtype=np.int64))
         largest = parallel.max_over_ranks(self.comm, max(t[2] for t in taken))
-        return FixedPointStatistics(float(sums[1] / max(sums[0], 1)), int(largest), int(sums[2]))
+        return FixedPointStatistics(int(sums[0]), float(sums[1] / max(sums[0], 1)), int(largest), int(sums[2]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcdeq import parallel
-from hpcdeq.data import SampleSource, TensorDataset
+from hpcdeq.data import GraphBatch, SampleSource, TensorDataset
 from hpcdeq.errors import ConvergenceError, DataError, HpcdeqError, OptionError
 from hpcdeq.problem.counts import Accounts
 from hpcdeq.problem.linearised import Linearised, leaves, outputs_of
@@ -226,7 +226,8 @@ class TrainingProblem:
             sums = np.zeros(3)
             with torch.no_grad():
                 for start in range(0, len(dataset), self.chunk_size):
-                    inputs, targets = dataset.batch(slice(start, min(start + self.chunk_size, len(dataset))))
+                    rows = slice(start, min(start + self.chunk_size, len(dataset)))
+                    inputs, targets = self._move(*dataset.batch(rows))
                     try:
                         outputs = outputs_of(self.model, self.layout.names, pieces, inputs)
                     except ConvergenceError:
@@ -299,13 +300,20 @@ class TrainingProblem:
         first = self.dataset.offset
         own = np.sort(rows[(rows >= first) & (rows < first + len(self.dataset))] - first)
         for start in range(0, len(own), self.chunk_size):
-            yield self.dataset.batch(torch.from_numpy(own[start : start + self.chunk_size]))
+            yield self._move(*self.dataset.batch(torch.from_numpy(own[start : start + self.chunk_size])))
 
     def _chunk_count(self) -> int:
         return -(-len(self.dataset) // self.chunk_size)
 
     def _chunk(self, i: int) -> tuple[Any, Tensor]:
-        return self.dataset.batch(slice(i * self.chunk_size, min((i + 1) * self.chunk_size, len(self.dataset))))
+        rows = slice(i * self.chunk_size, min((i + 1) * self.chunk_size, len(self.dataset)))
+        return self._move(*self.dataset.batch(rows))
+
+    def _move(self, inputs: Tensor | GraphBatch, targets: Tensor) -> tuple[Tensor | GraphBatch, Tensor]:
+        """Return a batch in the model's precision, on its device; class numbers stay whole."""
+        dtype, device = self.layout.dtype, self.layout.device
+        whole = not targets.is_floating_point()
+        return inputs.to(dtype=dtype, device=device), targets.to(device) if whole else targets.to(dtype=dtype, device=device)
 
     def _local_loss(self, p: Tensor, rows: np.ndarray | None) -> float:
         pieces = self.layout.unflatten(p)

@@ -217,12 +217,14 @@ def _field(value: float | None) -> str:
 def over_run(statistics: Sequence[FixedPointStatistics]) -> FixedPointStatistics | None:
     """Return the fixed-point statistics of a run from those of its iterates; None without any.
 
-    Not collective. The mean gives each iterate the same weight.
+    Not collective.
     """
     if not statistics:
         return None
+    solves = sum(s.solves for s in statistics)
     return FixedPointStatistics(
-        sum(s.mean_iterations for s in statistics) / len(statistics),
+        solves,
+        sum(s.mean_iterations * s.solves for s in statistics) / max(solves, 1),
         max(s.max_iterations for s in statistics),
         sum(s.unconverged for s in statistics),
     )

@@ -1,0 +1,30 @@
+"""What must be known before PETSc, MPI or torch are imported: the command line's PETSc options."""
+
+from __future__ import annotations
+
+import re
+
+# `hpcdeq.petsc` initialises PETSc with these; a command fills them in before it imports anything of PETSc's.
+PETSC_ARGUMENTS: list[str] = []
+
+_OPTION = re.compile(r"-[a-zA-Z]\w+\Z")
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into hpcdeq's own arguments (double dash, positional) and PETSc's (single dash).
+
+    Not collective. A PETSc option takes the next word as its value unless that begins an option itself; a negative
+    number does not.
+    """
+    own: list[str] = []
+    petsc: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not _OPTION.match(word) or word.startswith("--"):
+            own.append(word)
+            continue
+        petsc.append(word)
+        if words and not _OPTION.match(words[0]) and not words[0].startswith("--"):
+            petsc.append(words.pop(0))
+    return own, petsc
