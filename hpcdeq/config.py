@@ -83,8 +83,8 @@ class TrainConfig:
             for name in ("batch_size", "learning_rate"):
                 if getattr(self, name) is not None:
                     raise OptionError(
-                        f"--{name.replace('_', '-')} is an option of adam; {self.optimizer} works on all samples at once:"
-                        " leave it out, or use --optimizer adam"
+                        f"--{name.replace('_', '-')} is an option of adam; {self.optimizer} works on all samples at"
+                        " once: leave it out, or use --optimizer adam"
                     )
 
 

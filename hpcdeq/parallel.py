@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 from mpi4py import MPI
@@ -161,7 +161,7 @@ def workers(comm: Comm, processes: int) -> Iterator[Executor | None]:
         from mpi4py.futures import MPICommExecutor
 
         with MPICommExecutor(comm, root=0) as executor:
-            yield executor
+            yield cast(Executor | None, executor)
     else:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as executor:
             yield executor
@@ -189,8 +189,8 @@ def launch(main: Callable[[list[str]], int | None], arguments: list[str]) -> Non
     except Exception as error:
         cause = unwrap(error)
         known = isinstance(cause, HpcdeqError)
-        code = cause.exit_code if known else EXIT_FAILED
-        agreed = known and cause.agreed
+        code = cause.exit_code if isinstance(cause, HpcdeqError) else EXIT_FAILED
+        agreed = isinstance(cause, HpcdeqError) and cause.agreed
         if WORLD.rank == 0 or not agreed:
             report_error(cause, known)
         if not agreed and WORLD.size > 1:

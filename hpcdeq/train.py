@@ -30,10 +30,11 @@ DEFAULT_MODELS = {"array": "mlp_deq", "graph": "graph_deq"}
 # The embedded problem is for a first look: it ends within a minute on two cores.
 EMBEDDED_SETTINGS = {"max_iterations": 15}
 EMBEDDED_SAMPLES = 1000
-# Fixed points to eight digits let line searches work to near the end; products need fewer. Layers used on their own
-# are tighter (hpcdeq.deq.forward.TOLERANCES); single precision keeps theirs.
-TRAINING_OPTIONS = {"deq_snes_rtol": "1e-8", "deq_ksp_rtol": "1e-6"}
-PREFIXES = ("tao_", "deq_")
+# Fixed points to eight digits let line searches work to near the end; products need fewer. Layers on their own are
+# tighter (hpcdeq.deq.forward.TOLERANCES); single precision keeps theirs. A trial point that needs more than a hundred
+# iterations is better rejected.
+TRAINING_OPTIONS = {"deq_snes_rtol": "1e-8", "deq_snes_max_it": "100", "deq_ksp_rtol": "1e-6"}
+PREFIXES = ("tao_", "deq_")  # what an option of PETSc's must begin with
 
 EPILOG = """\
 options of PETSc (single dash) go to its options database untouched:
@@ -138,9 +139,7 @@ class Training:
         self.directory = RunDirectory(out or parallel.from_root(self.comm, self._new_name()))
         self.sets = self._datasets()
         self.problem = self._problem()
-        self.progress = Progress(
-            self.problem.loss_function.metric, quiet=quiet or self.comm.rank != 0, interval=0.5
-        )
+        self.progress = Progress(self.problem.loss_function.metric, quiet=quiet or self.comm.rank != 0, interval=0.5)
         self.statistics: list[Any] = []
         self.best: tuple[float, Iterate, Evaluation] | None = None
 
@@ -245,7 +244,9 @@ class Training:
         from hpcdeq.optim import resolved_options
 
         counts = ", ".join(f"{split} {data.count}" for split, data in self.sets.items())
-        preset = " ".join(f"-{k} {v}" for k, v in {**resolved_options(self.config.optimizer), **self.config.petsc}.items())
+        preset = " ".join(
+            f"-{k} {v}" for k, v in {**resolved_options(self.config.optimizer), **self.config.petsc}.items()
+        )
         return (
             f"data       {self.config.data}: {self.sets['train'].task}, {counts}\n"
             f"model      {self.model_name}, {self.problem.layout.count} weights, {self.config.dtype}\n"
@@ -258,15 +259,21 @@ class Training:
 
         if self.config.optimizer != "adam":
             return None
-        given = {"learning_rate": self.config.learning_rate, "batch_size": self.config.batch_size}
-        return AdamSettings(seed=self.config.seed, **{k: v for k, v in given.items() if v is not None})
+        given = AdamSettings(seed=self.config.seed)
+        if self.config.learning_rate is not None:
+            given = dataclasses.replace(given, learning_rate=self.config.learning_rate)
+        if self.config.batch_size is not None:
+            given = dataclasses.replace(given, batch_size=self.config.batch_size)
+        return given
 
     def _record(self, iterate: Iterate) -> None:
         from hpcdeq import parallel
         from hpcdeq.problem.memory import process_bytes
         from hpcdeq.record import job_joules
 
-        validation = self.problem.evaluate(iterate.x, self.sets["validation"]) if self.sets["validation"].count else None
+        validation = (
+            self.problem.evaluate(iterate.x, self.sets["validation"]) if self.sets["validation"].count else None
+        )
         if iterate.fixed_point is not None:
             self.statistics.append(iterate.fixed_point)
         memory = int(parallel.max_over_ranks(self.comm, process_bytes()))
@@ -294,7 +301,11 @@ class Training:
                     as_toml(self.config),
                     dict(zip(layout.names, layout.unflatten(iterate.x), strict=True)),
                     dict(self.problem.model.named_buffers()),
-                    {"iteration": iterate.iteration, "metric": metric, "classes": list(self.sets["train"].schema.classes)},
+                    {
+                        "iteration": iterate.iteration,
+                        "metric": metric,
+                        "classes": ",".join(self.sets["train"].schema.classes),
+                    },
                 )
 
     def _finish(self, result: Result) -> None:
@@ -312,7 +323,10 @@ class Training:
         peak = int(parallel.max_over_ranks(self.comm, peak_bytes()))
         with parallel.agreement(self.comm):
             if self.directory.writes:
-                lines = [f"-{name} {value}".rstrip() for name, value in sorted(self._options_used(database_options()).items())]
+                lines = [
+                    f"-{name} {value}".rstrip()
+                    for name, value in sorted(self._options_used(database_options()).items())
+                ]
                 self.directory.write_text("petsc_options.txt", "\n".join(lines) + "\n")
                 told = summary(
                     result,

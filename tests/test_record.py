@@ -182,7 +182,9 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_summary_has_the_designs_keys():
-    found = summary(fixed_point=record.over_run([FixedPointStatistics(10, 4.0, 9, 0), FixedPointStatistics(10, 6.0, 7, 2)]))
+    found = summary(
+        fixed_point=record.over_run([FixedPointStatistics(10, 4.0, 9, 0), FixedPointStatistics(10, 6.0, 7, 2)])
+    )
     assert list(found) == names(SUMMARY_KEYS)
     assert list(found["loss"]) == ["train", "validation", "test"]
     assert list(found["metric"]) == ["name", "train", "validation", "test"]

@@ -73,8 +73,8 @@ def pure_function(cell: Cell, x: Any) -> tuple[list[Tensor], StateFunction]:
 def initial_state(cell: Cell, x: Any, function: StateFunction, tensors: Sequence[Tensor]) -> Tensor:
     """Return a zero state of the shape that the cell maps to itself.
 
-    Not collective. A cell may say it itself with a method ``initial_state(x)``. Otherwise the shape of x is tried, then
-    x with its last length replaced by a length of one of the cell's parameters.
+    Not collective. A cell may say it itself with a method ``initial_state(x)``. Otherwise it is the shape of x, if that
+    fits, else x's with the last length replaced by a length of one of the tensors.
 
     Raises
     ------
@@ -89,15 +89,17 @@ def initial_state(cell: Cell, x: Any, function: StateFunction, tensors: Sequence
             " a method initial_state(x) -> z0"
         )
     lengths = {n for p in tensors for n in p.shape} if x.dim() else set()
-    shapes = [tuple(x.shape)] + [(*x.shape[:-1], n) for n in sorted(lengths) if n != x.shape[-1]]
-    fitting = []
-    for shape in shapes:
+    others = [(*x.shape[:-1], n) for n in sorted(lengths) if n != x.shape[-1]]
+    fitting: list[Tensor] = []
+    for shape in (tuple(x.shape), *others):
         z = torch.zeros(shape, dtype=x.dtype, device=x.device)
         try:
             with torch.no_grad():
                 fits = function(z, *tensors).shape == z.shape
         except (RuntimeError, ShapeError, IndexError):  # what torch raises for lengths that do not fit
             continue
+        if fits and shape == x.shape:
+            return z
         if fits:
             fitting.append(z)
     if len(fitting) != 1:

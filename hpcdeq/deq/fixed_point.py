@@ -104,7 +104,9 @@ class FixedPoint(nn.Module):
         with torch.enable_grad():
             image = function(z0.detach(), *(t.detach() for t in tensors))
         if image.shape != z0.shape:
-            raise ShapeError(f"the cell maps a state of shape {tuple(z0.shape)} to shape {tuple(image.shape)}; give z0=...")
+            raise ShapeError(
+                f"the cell maps a state of shape {tuple(z0.shape)} to shape {tuple(image.shape)}; give z0=..."
+            )
         if image.requires_grad:
             raise HpcdeqError(
                 "the cell uses a tensor that requires a gradient and is neither a parameter of the cell nor inside x: its"
@@ -134,5 +136,7 @@ def solve_fixed_point(
     if z0 is None:
         z0 = initial_state(cell, x, function, tensors)
     samples = Samples.of(z0, None if sample_index is None else sample_index(x))
-    solver = ForwardSolver(bind(function, tensors), samples, Options(petsc_prefix, {**DEFAULTS, **(options or {})}), Work())
+    solver = ForwardSolver(
+        bind(function, tensors), samples, Options(petsc_prefix, {**DEFAULTS, **(options or {})}), Work()
+    )
     return solver.solve(z0.detach())

@@ -58,9 +58,11 @@ class Samples:
 
     def norms(self, z: Tensor) -> Tensor:
         """Return the 2-norm of each sample, ``(B,)`` in float64. Not collective."""
+        rows = z.flatten(1) if z.dim() > 1 else z.reshape(1 if self.index is None else -1, z.numel() if self.index is None else 1)
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         if self.index is None:
-            return torch.linalg.vector_norm(z.reshape(self.count, -1), dim=1, dtype=torch.float64)
-        squares = torch.linalg.vector_norm(z.reshape(z.shape[0], -1), dim=1, dtype=torch.float64).square_()
+            return norms
+        squares = norms.square_()
         return torch.zeros(self.count, dtype=torch.float64, device=z.device).index_add_(0, self.index, squares).sqrt_()
 
 
@@ -193,7 +195,13 @@ class ForwardSolver:
                 raise
             iterations = snes.getIterationNumber()
             return SolveRecord(
-                "SNES", snes.getType(), self.options.prefix, "DIVERGED_FUNCTION_NANORINF", False, iterations, float("nan")
+                "SNES",
+                snes.getType(),
+                self.options.prefix,
+                "DIVERGED_FUNCTION_NANORINF",
+                False,
+                iterations,
+                float("nan"),
             )
 
     def _residual(self, snes: PETSc.SNES, x: PETSc.Vec, residual: PETSc.Vec) -> None:

@@ -6,8 +6,8 @@ At z = f(z, θ) with J = ∂f/∂z (implicit function theorem; Bai, Kolter, Kolt
     adjoint   θ̄ = (∂f/∂θ)ᵀ u,   u = (I - J)⁻ᵀ z̄
 
 Two differentiable functions say all of it: `FixedPointFunction`, θ ↦ z, and `Resolvent`, g ↦ (I - J)⁻¹ g or
-(I - J)⁻ᵀ g, which depends on (z, θ) through J. Each one's derivatives are written with the other and with derivatives of
-f, so that derivatives of any order and any mix of forward and reverse mode follow.
+(I - J)⁻ᵀ g, which depends on (z, θ) through J. Each one's derivatives are written with the other and with derivatives
+of f: derivatives of any order and any mix of forward and reverse mode follow.
 """
 
 from __future__ import annotations
@@ -172,8 +172,9 @@ class Equilibrium:
         if not record.converged or not total <= bound:
             name = "adjoint" if transpose else "tangent"
             raise ConvergenceError(
-                f"{name} system of the fixed point not solved by {record.solver}: {record.reason} after {record.iterations}"
-                f" iterations, true residual {total:.3g} where the right-hand side has {float(norm.norm()):.3g}.\n"
+                f"{name} system of the fixed point not solved by {record.solver}: {record.reason} after"
+                f" {record.iterations} iterations, true residual {total:.3g}"
+                f" where the right-hand side has {float(norm.norm()):.3g}.\n"
                 f"Likely fix: {record.remedy()}.\n"
                 f"History: add -{record.prefix}ksp_monitor_true_residual -{record.prefix}ksp_converged_reason.",
                 record=outcome,
@@ -238,7 +239,7 @@ class FixedPointFunction(torch.autograd.Function):
         if not torch.is_grad_enabled():  # first derivatives only: the graph of the linearisation has them
             return None, None, *equilibrium.linearisation().tensor_vjp(u, wanted)
         partial, chosen = restrict(equilibrium.function, z, tensors, wanted)
-        _, pull = torch.func.vjp(partial, *chosen)
+        pull = pullback(partial, *chosen)
         products = iter(pull(u))
         return None, None, *(next(products) if want else None for want in wanted)
 
@@ -296,13 +297,18 @@ class Resolvent(torch.autograd.Function):
             equilibrium.log.work.cell_jvps += 2 * equilibrium.samples.count
             gradient, _ = bilinear_gradient(equilibrium.function, z, tensors, wanted)
             if ctx.transpose:
-                _, pull = torch.func.vjp(lambda b: gradient(w, b), torch.zeros_like(z))
+                pull = pullback(lambda b: gradient(w, b), torch.zeros_like(z))
             else:
-                _, pull = torch.func.vjp(lambda a: gradient(a, w), torch.zeros_like(z))
+                pull = pullback(lambda a: gradient(a, w), torch.zeros_like(z))
             (change,) = pull(tuple(t for t in given if t is not None))
             right = change if right is None else right + change
         assert right is not None
         return Resolvent.apply(equilibrium, ctx.transpose, right, z, *tensors)
+
+
+def pullback(function: Callable[..., Any], *at: Tensor) -> Callable[..., Any]:
+    """Return the transpose of a function's derivative at a point. Not collective."""
+    return torch.func.vjp(function, *at)[1]
 
 
 def alias(tensor: Tensor) -> Tensor:
@@ -334,8 +340,8 @@ def push_forward(
 
     Not collective. Forward-mode automatic differentiation cannot be nested, and this runs inside its rules.
     """
-    _, pull = torch.func.vjp(function, *at)
-    _, pull_back = torch.func.vjp(pull, torch.zeros_like(like))
+    pull = pullback(function, *at)
+    pull_back = pullback(pull, torch.zeros_like(like))
     return pull_back(tuple(tangents))[0]
 
 
@@ -350,10 +356,10 @@ def bilinear_gradient(
         def transpose_product(*values: Tensor) -> Tensor:
             given = iter(values)
             state, *rest = (next(given) if want else alias(p) for p, want in zip(points, wanted, strict=True))
-            _, pull = torch.func.vjp(lambda y: function(y, *rest), state)
+            pull = pullback(lambda y: function(y, *rest), state)
             return pull(a)[0]
 
-        _, pull = torch.func.vjp(transpose_product, *chosen)
+        pull = pullback(transpose_product, *chosen)
         return pull(b)
 
     return gradient, chosen

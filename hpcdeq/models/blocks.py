@@ -5,16 +5,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hpcdeq.errors import OptionError
 
-def contractive_(weight: Tensor, norm: float) -> Tensor:
-    """Fill a square weight with a random orthogonal matrix times ``norm``, in place: its spectral norm is ``norm``.
 
-    Not collective.
+class BoundedWeight(nn.Module):
+    """A square weight whose spectral norm stays below a bound, whatever its parameter becomes.
+
+    With M = V Vᵀ of the parameter V, the Schatten norm s = (tr M⁸)^(1/16) lies between the spectral norm of V and
+    n^(1/16) times it (1.24 for n = 32), and W = V β / (β⁴ + s⁴)^(1/4) has a spectral norm below β. Unlike a division by
+    the largest singular value, this is smooth where singular values cross, so that second derivatives exist everywhere.
+
+    Parameters
+    ----------
+    size
+        n.
+    bound
+        β.
+    initial
+        Spectral norm at initialisation, below the bound.
     """
-    nn.init.orthogonal_(weight)
-    with torch.no_grad():
-        weight.mul_(norm)
-    return weight
+
+    def __init__(self, size: int, bound: float, initial: float) -> None:
+        super().__init__()
+        if not 0 < initial < bound:
+            raise OptionError(f"contraction {initial} at initialisation must lie between 0 and the bound {bound}")
+        self.bound = bound
+        self.parameter = nn.Parameter(torch.empty(size, size))
+        nn.init.orthogonal_(self.parameter)
+        # s of an orthogonal matrix times c is c n^(1/16): the c for which W = c β / (β⁴ + s⁴)^(1/4) has norm `initial`.
+        scale = initial * bound / (bound**4 - initial**4 * size**0.25) ** 0.25 if initial**4 * size**0.25 < bound**4 else bound
+        with torch.no_grad():
+            self.parameter.mul_(scale)
+
+    def forward(self) -> Tensor:
+        """Return W, ``(n, n)``."""
+        size = torch.linalg.matrix_norm(self.parameter)
+        unit = self.parameter / size
+        power = unit @ unit.T
+        power = power @ power
+        power = power @ power
+        schatten = size * torch.linalg.matrix_norm(power) ** 0.125
+        return self.parameter * (self.bound / (self.bound**4 + schatten**4) ** 0.25)
 
 
 class RadialBasis(nn.Module):

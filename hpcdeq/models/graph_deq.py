@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hpcdeq.data import GraphBatch
 from hpcdeq.deq import FixedPoint
 from hpcdeq.models.base import ModelKind, register
-from hpcdeq.models.blocks import RadialBasis, contractive_, mean_over_graphs
+from hpcdeq.models.blocks import BoundedWeight, RadialBasis, mean_over_graphs
 
 ELEMENTS = 119  # atomic numbers to 118, and 0 for none
 
@@ -27,13 +27,17 @@ class GraphDeqConfig:
         Gaussians that a distance is written in.
     cutoff
         Centre of the last of them, Å.
+    bound
+        Bound on the spectral norms of the two recurrent weights together; below 1 every crystal has its fixed point
+        whatever the weights become.
     contraction
-        Spectral norms of the two recurrent weights together at initialisation.
+        Those norms at initialisation.
     """
 
     width: int = 32
     radial: int = 16
     cutoff: float = 6.0
+    bound: float = 0.95
     contraction: float = 0.6
 
 
@@ -46,11 +50,13 @@ class Injection:
     node
         ``(n, d)`` bias of each atom.
     gate
-        ``(E, d)`` weight of each edge's message, in (-1, 1), divided by the number of the atom's neighbours.
+        ``(E, d)`` weight of each edge's message.
     source, target
         ``(E,)`` atoms that a message goes from and to.
     node_graph
         ``(n,)`` graph of each atom.
+    own, message
+        ``(d, d)`` recurrent weights W and M.
     """
 
     node: Tensor
@@ -58,30 +64,25 @@ class Injection:
     source: Tensor
     target: Tensor
     node_graph: Tensor
+    own: Tensor
+    message: Tensor
 
 
 class MessageCell(nn.Module):
     """zᵢ ↦ tanh(W zᵢ + Σⱼ gᵢⱼ ∘ M zⱼ + sᵢ).
 
-    Gates are bounded by one over the number of neighbours and tanh does not stretch: the cell contracts while the norms
-    of W and of M (times the square root of an atom's largest share in other atoms' neighbourhoods) stay below one.
+    A gate is at most one over the root of (edges into i) times (edges out of j), so that the sum over neighbours has a
+    norm of at most one, and tanh does not stretch: the cell contracts by ‖W‖ + ‖M‖.
     """
-
-    def __init__(self, width: int, contraction: float) -> None:
-        super().__init__()
-        self.own = nn.Linear(width, width, bias=False)
-        self.message = nn.Linear(width, width, bias=False)
-        contractive_(self.own.weight, contraction / 2)
-        contractive_(self.message.weight, contraction / 2)
 
     def initial_state(self, injection: Injection) -> Tensor:
         """Return the zero state ``(n, d)``."""
         return torch.zeros_like(injection.node)
 
     def forward(self, z: Tensor, injection: Injection) -> Tensor:
-        messages = self.message(z).index_select(0, injection.source) * injection.gate
-        received = torch.zeros_like(z).index_add(0, injection.target, messages)
-        return torch.tanh(self.own(z) + received + injection.node)
+        messages = (z @ injection.message.T).index_select(0, injection.source) * injection.gate
+        received = injection.node.index_add(0, injection.target, messages)
+        return torch.tanh(torch.addmm(received, z, injection.own.T))
 
 
 class GraphDeq(nn.Module):
@@ -105,7 +106,9 @@ class GraphDeq(nn.Module):
         self.distance_gate = nn.Linear(config.radial, d)
         self.source_gate = nn.Linear(d, d, bias=False)
         self.target_gate = nn.Linear(d, d, bias=False)
-        self.equilibrium = FixedPoint(MessageCell(d, config.contraction), sample_index=lambda given: given.node_graph)
+        self.own = BoundedWeight(d, config.bound / 2, config.contraction / 2)
+        self.message = BoundedWeight(d, config.bound / 2, config.contraction / 2)
+        self.equilibrium = FixedPoint(MessageCell(), sample_index=lambda given: given.node_graph)
         self.hidden = nn.Linear(2 * d, d)
         self.head = nn.Linear(d, output_size)
 
@@ -113,14 +116,15 @@ class GraphDeq(nn.Module):
         """Return what the cell needs of a batch."""
         atoms = self.element(batch.atomic_number)
         source, target = batch.edge_source, batch.edge_target
-        neighbours = torch.bincount(target, minlength=len(atoms)).clamp(min=1).to(atoms.dtype)
+        into = torch.bincount(target, minlength=len(atoms)).to(atoms.dtype)
+        out_of = torch.bincount(source, minlength=len(atoms)).to(atoms.dtype)
         gate = torch.tanh(
             self.distance_gate(self.radial(batch.edge_distance))
             + self.source_gate(atoms).index_select(0, source)
             + self.target_gate(atoms).index_select(0, target)
         )
-        gate = gate / neighbours.index_select(0, target)[:, None]
-        return Injection(atoms, gate, source, target, batch.node_graph)
+        gate = gate / (into.index_select(0, target) * out_of.index_select(0, source)).sqrt()[:, None]
+        return Injection(atoms, gate, source, target, batch.node_graph, self.own(), self.message())
 
     def forward(self, batch: GraphBatch) -> Tensor:
         """Return ``(B, output_size)`` for a batch of B graphs."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpcdeq.deq import FixedPoint
 from hpcdeq.models.base import ModelKind, register
-from hpcdeq.models.blocks import contractive_
+from hpcdeq.models.blocks import BoundedWeight
 
 
 @dataclass(frozen=True)
@@ -21,29 +21,28 @@ class MlpDeqConfig:
     ----------
     width
         Length of the state.
+    bound
+        Bound on the spectral norm of the recurrent weight. Below 1 the fixed point exists and is unique whatever the
+        weights become, since tanh does not stretch; nearer to 1 the model says more and its solves take longer.
     contraction
-        Spectral norm of the recurrent weight at initialisation; below 1 the fixed point exists and is unique, since tanh
-        does not stretch.
+        That norm at initialisation.
     """
 
     width: int = 64
+    bound: float = 0.95
     contraction: float = 0.5
 
 
 class MlpCell(nn.Module):
-    """z ↦ tanh(W z + s), with the injection s computed once."""
+    """z ↦ tanh(W z + s), with the weight W and the injection s computed once for all iterations."""
 
-    def __init__(self, width: int, contraction: float) -> None:
-        super().__init__()
-        self.recurrent = nn.Linear(width, width, bias=False)
-        contractive_(self.recurrent.weight, contraction)
-
-    def initial_state(self, injection: Tensor) -> Tensor:
+    def initial_state(self, given: tuple[Tensor, Tensor]) -> Tensor:
         """Return the zero state ``(B, width)``."""
-        return torch.zeros_like(injection)
+        return torch.zeros_like(given[1])
 
-    def forward(self, z: Tensor, injection: Tensor) -> Tensor:
-        return torch.tanh(self.recurrent(z) + injection)
+    def forward(self, z: Tensor, given: tuple[Tensor, Tensor]) -> Tensor:
+        weight, injection = given
+        return torch.tanh(torch.addmm(injection, z, weight.T))
 
 
 class MlpDeq(nn.Module):
@@ -63,14 +62,15 @@ class MlpDeq(nn.Module):
         super().__init__()
         features = math.prod(input_shape)
         self.injection = nn.Linear(features, config.width)
-        self.equilibrium = FixedPoint(MlpCell(config.width, config.contraction))
+        self.recurrent = BoundedWeight(config.width, config.bound, config.contraction)
+        self.equilibrium = FixedPoint(MlpCell())
         self.head = nn.Linear(config.width, output_size)
         self.skip = nn.Linear(features, output_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(B, output_size)`` from ``(B, *input_shape)``."""
         flat = x.flatten(1)
-        return self.head(self.equilibrium(self.injection(flat))) + self.skip(flat)
+        return self.head(self.equilibrium((self.recurrent(), self.injection(flat)))) + self.skip(flat)
 
 
 register("mlp_deq", ModelKind(MlpDeqConfig, "array", MlpDeq))

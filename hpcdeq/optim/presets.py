@@ -41,7 +41,13 @@ _INNER = 20
 PRESETS: dict[str, Preset] = {
     "trgn": Preset(
         "trust-region Gauss-Newton (TAO bntr): few, costly iterations; the usual choice for full batches",
-        {"tao_type": "bntr", "tao_bnk_ksp_max_it": _INNER, "tao_bnk_ksp_rtol": 1e-2, "tao_bnk_init_type": "constant"},
+        {
+            "tao_type": "bntr",
+            "tao_bnk_ksp_max_it": _INNER,
+            "tao_bnk_ksp_rtol": 1e-2,
+            "tao_bnk_init_type": "constant",
+            "tao_trust0": 1.0,
+        },
         GAUSS_NEWTON,
     ),
     "lbfgs": Preset(
@@ -50,7 +56,13 @@ PRESETS: dict[str, Preset] = {
     ),
     "newton": Preset(
         "inexact Newton with line search and the true Hessian (TAO bnls)",
-        {"tao_type": "bnls", "tao_bnk_ksp_max_it": _INNER, "tao_bnk_ksp_rtol": 1e-2, "tao_bnk_init_type": "constant"},
+        {
+            "tao_type": "bnls",
+            "tao_bnk_ksp_max_it": _INNER,
+            "tao_bnk_ksp_rtol": 1e-2,
+            "tao_bnk_init_type": "constant",
+            "tao_trust0": 1.0,
+        },
     ),
     "adam": Preset("Adam on minibatches (Kingma and Ba 2015); an iteration is an epoch"),
 }
@@ -68,7 +80,10 @@ _TYPES: dict[str, Preset] = {
     "ntr": Preset("Newton trust region", {"tao_ntr_ksp_max_it": _INNER}),
     "ntl": Preset("Newton trust region with line search", {"tao_ntl_ksp_max_it": _INNER}),
     **{name: Preset("bounded Newton-Krylov", {"tao_bnk_ksp_max_it": _INNER}) for name in ("bnls", "bntr", "bntl")},
-    **{name: Preset("bounded quasi-Newton-Krylov", {"tao_bnk_ksp_max_it": _INNER}) for name in ("bqnkls", "bqnktr", "bqnktl")},
+    **{
+        name: Preset("bounded quasi-Newton-Krylov", {"tao_bnk_ksp_max_it": _INNER})
+        for name in ("bqnkls", "bqnktr", "bqnktl")
+    },
 }
 
 METHODS = tuple(PRESETS)

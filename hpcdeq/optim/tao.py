@@ -160,27 +160,38 @@ class TaoRun:
         iteration, loss, gradient_norm, *_ = tao.getSolutionStatus()
         if self.recorder.last is not None and iteration <= self.recorder.last.iteration:
             return
-        radius = tao.getCurrentTrustRegionRadius() if tao.getType() in ("ntr", "ntl", "bntr", "bntl", "bqnktr", "bqnktl") else None
+        radius = (
+            tao.getCurrentTrustRegionRadius()
+            if tao.getType() in ("ntr", "ntl", "bntr", "bntl", "bqnktr", "bqnktl")
+            else None
+        )
         if self.rejected and loss >= WALL * self._worst:
-            raise ConvergenceError(f"TAO's {tao.getType()} took a point without fixed points: use --optimizer trgn", agreed=True)
-        self.recorder.emit(iteration, self._gather(tao.getSolution()), loss, gradient_norm, radius)
+            raise ConvergenceError(
+                f"TAO's {tao.getType()} took a point without fixed points: use --optimizer trgn", agreed=True
+            )
+        x = self._gather(tao.getSolution())
+        if self.preset.least_squares:  # what TAO tells is of its inner problem
+            loss, gradient = self.problem.loss_and_gradient(x)
+            gradient_norm = float(gradient.norm())
+        self.recorder.emit(iteration, x, loss, gradient_norm, radius)
         if self.recorder.out_of_time():
             tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_USER)
 
     def _finish(self, tao: PETSc.TAO, x: PETSc.Vec) -> None:
         """Record the point at which TAO ended, where its last monitor call was before its last step."""
-        iteration, loss, gradient_norm, *_ = tao.getSolutionStatus()
+        iteration = tao.getIterationNumber()
         last = self.recorder.last
         point = self._gather(x)
-        if last is None or iteration > last.iteration or not torch.equal(point.to(last.x), last.x):
-            self.recorder.emit(iteration, point, loss, gradient_norm, None)
+        if last is None or not torch.equal(point, last.x):
+            loss, gradient = self.problem.loss_and_gradient(point)
+            self.recorder.emit(iteration, point, loss, float(gradient.norm()), None)
 
     # ------------------------------------------------------------------------------------------ least squares
 
     def _set_least_squares(self, tao: PETSc.TAO, x: PETSc.Vec, sizes: tuple[int, int]) -> list[PETSc.Object]:
         self.problem.require_least_squares()
         residual = self.problem.residual(self._gather(x))
-        self._checked(0.5 * self.problem.sum_of_blocks(residual * residual))
+        self._checked(self._half_square(residual))
         r = PETSc.Vec().createMPI((len(residual), PETSc.DETERMINE), comm=self.problem.comm)
         jacobian = matrix_from_products(
             self.problem.comm, r.getSizes(), sizes, self._jacobian_product, self._jacobian_transpose_product
@@ -196,9 +207,13 @@ class TaoRun:
             # Equal residuals whose half sum of squares is the rejected point's loss.
             r.set((2.0 * self._reject() / r.getSize()) ** 0.5)
             return
-        self._checked(0.5 * self.problem.sum_of_blocks(rows * rows))
+        self._checked(self._half_square(rows))
         with r as values:
             values[:] = rows
+
+    def _half_square(self, rows: np.ndarray) -> float:
+        with np.errstate(over="ignore"):  # infinity is an answer here
+            return 0.5 * self.problem.sum_of_blocks(rows * rows)
 
     def _move_jacobian(self, tao: PETSc.TAO, x: PETSc.Vec, jacobian: PETSc.Mat, _: PETSc.Mat) -> None:
         self._jacobian_at = self._gather(x)

@@ -34,7 +34,9 @@ class Options:
 
     def __init__(self, prefix: str, given: Mapping[str, Value] | None = None) -> None:
         if not prefix or not prefix.replace("_", "").isalnum() or not prefix.endswith("_"):
-            raise OptionError(f"a PETSc options prefix is letters and digits with an underscore last (deq_), not {prefix!r}")
+            raise OptionError(
+                f"a PETSc options prefix is letters and digits with an underscore last (deq_), not {prefix!r}"
+            )
         self.prefix = prefix
         self.given = {name.lstrip("-"): value for name, value in (given or {}).items()}
         check_options([f"-{prefix}{name}" for name in self.given], [prefix])

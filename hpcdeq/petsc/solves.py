@@ -103,7 +103,8 @@ def run_ksp(ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec, *, transpose: bool = Fal
         "KSP",
         ksp.getType(),
         ksp.getOptionsPrefix() or "",
-        reason_name(PETSc.KSP.ConvergedReason, code),
+        # petsc4py knows this reason by two names, PETSc by one.
+        reason_name(PETSc.KSP.ConvergedReason, code).replace("DIVERGED_MAX_IT", "DIVERGED_ITS"),
         code > 0,
         ksp.getIterationNumber(),
         ksp.getResidualNorm(),

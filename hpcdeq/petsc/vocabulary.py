@@ -18,6 +18,7 @@ import petsc4py
 
 from hpcdeq.errors import OptionError
 
+
 @functools.cache
 def vocabulary() -> frozenset[str]:
     """Return every option name that the PETSc library knows, with its dash; empty where it cannot be read.
@@ -80,6 +81,12 @@ def _explain(name: str, known: frozenset[str], prefixes: tuple[str, ...]) -> str
     if _exists(name, known, ("",)):
         better = [f"-{p}{name[1:]}" for p in prefixes if f"-{p}" != "-tao_"]
     else:
-        better = difflib.get_close_matches(name, [c for c in candidates if _exists(c, known, prefixes)], n=1, cutoff=0.5)
-    hint = f"did you mean {better[0]}?" if better else f"PETSc options here begin with {', '.join('-' + p for p in prefixes)}"
+        better = difflib.get_close_matches(
+            name, [c for c in candidates if _exists(c, known, prefixes)], n=1, cutoff=0.5
+        )
+    hint = (
+        f"did you mean {better[0]}?"
+        if better
+        else f"PETSc options here begin with {', '.join('-' + p for p in prefixes)}"
+    )
     return f"unknown PETSc option {name}: {hint}"

@@ -116,7 +116,9 @@ class MeanSquare(Loss):
                 "mse needs real numbers as targets, these are class numbers (a classification): use the loss cross_entropy"
             )
         if outputs.shape != targets.shape:
-            raise ShapeError(f"the model gives outputs of shape {tuple(outputs.shape)}, the targets have {tuple(targets.shape)}")
+            raise ShapeError(
+                f"the model gives outputs of shape {tuple(outputs.shape)}, the targets have {tuple(targets.shape)}"
+            )
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return 0.5 * (outputs - targets).square().sum() / per_sample(outputs)

@@ -233,7 +233,10 @@ class TrainingProblem:
                     except ConvergenceError:
                         return [float("nan")] * 3
                     self.loss_function.check(outputs, targets)
-                    sums += float(self.loss_function.total(outputs, targets)), *self.loss_function.metric_terms(outputs, targets)
+                    sums += (
+                        float(self.loss_function.total(outputs, targets)),
+                        *self.loss_function.metric_terms(outputs, targets),
+                    )
             return list(sums)
 
         with self.accounts.paused():
@@ -258,7 +261,9 @@ class TrainingProblem:
             kind = type(module).__name__
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 return f"{name} ({kind}, p = {module.p})"
-            if isinstance(module, nn.modules.batchnorm._NormBase) and not kind.startswith(("InstanceNorm", "LazyInstance")):
+            if isinstance(module, nn.modules.batchnorm._NormBase) and not kind.startswith(
+                ("InstanceNorm", "LazyInstance")
+            ):
                 return f"{name} ({kind}, statistics of the batch)"
         return None
 
@@ -313,7 +318,9 @@ class TrainingProblem:
         """Return a batch in the model's precision, on its device; class numbers stay whole."""
         dtype, device = self.layout.dtype, self.layout.device
         whole = not targets.is_floating_point()
-        return inputs.to(dtype=dtype, device=device), targets.to(device) if whole else targets.to(dtype=dtype, device=device)
+        return inputs.to(dtype=dtype, device=device), targets.to(device) if whole else targets.to(
+            dtype=dtype, device=device
+        )
 
     def _local_loss(self, p: Tensor, rows: np.ndarray | None) -> float:
         pieces = self.layout.unflatten(p)

@@ -1,0 +1,316 @@
+"""The models: built for their data, the same from the same seed, contractive to begin with, blind to the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hpcdeq.data import GraphBatch
+from hpcdeq.errors import DataError, OptionError
+from hpcdeq.models import MODELS, build_model, model_config
+from hpcdeq.models.base import kind_named
+from hpcdeq.models.blocks import RadialBasis, contractive_, mean_over_graphs
+
+SMALL = {"mlp_deq": {"width": 6}, "graph_deq": {"width": 5, "radial": 4}}
+SHAPES: dict[str, tuple[int, ...]] = {"mlp_deq": (2, 3), "graph_deq": ()}
+OUTPUTS = 3
+ATOMS = [2, 1, 4, 3]  # of each graph; the second has a single atom without neighbours
+
+
+def graph(atoms: int, seed: int) -> GraphBatch:
+    """A graph of atoms in a box, everyone everyone's neighbour."""
+    random = torch.Generator().manual_seed(seed)
+    position = 3.0 * torch.rand(atoms, 3, generator=random, dtype=torch.float64)
+    target, source = (1 - torch.eye(atoms)).nonzero().T
+    return GraphBatch(
+        torch.randint(1, 90, (atoms,), generator=random),
+        source,
+        target,
+        position[source] - position[target],
+        torch.zeros(atoms, dtype=torch.int64),
+        1,
+    )
+
+
+def joined(graphs: list[GraphBatch]) -> GraphBatch:
+    """Lay graphs end to end as one batch."""
+    first = np.cumsum([0] + [len(g.atomic_number) for g in graphs])
+    return GraphBatch(
+        torch.cat([g.atomic_number for g in graphs]),
+        torch.cat([g.edge_source + int(n) for g, n in zip(graphs, first, strict=False)]),
+        torch.cat([g.edge_target + int(n) for g, n in zip(graphs, first, strict=False)]),
+        torch.cat([g.edge_vector for g in graphs]),
+        torch.cat([torch.full((len(g.atomic_number),), i) for i, g in enumerate(graphs)]),
+        len(graphs),
+    )
+
+
+def permuted(batch: GraphBatch, order: Tensor) -> GraphBatch:
+    """Renumber the atoms of one graph: new atom i is old atom ``order[i]``; edges are shuffled too."""
+    new = torch.argsort(order)
+    edges = torch.randperm(len(batch.edge_source))
+    return GraphBatch(
+        batch.atomic_number[order],
+        new[batch.edge_source[edges]],
+        new[batch.edge_target[edges]],
+        batch.edge_vector[edges],
+        batch.node_graph[order],
+        batch.num_graphs,
+    )
+
+
+def built(name: str, seed: int = 0, **settings: object) -> nn.Module:
+    config = model_config(name, {**SMALL[name], **settings})
+    return build_model(name, config, kind_named(name).representation, SHAPES[name], OUTPUTS, seed=seed)
+
+
+def inputs(name: str) -> Tensor | GraphBatch:
+    if name == "mlp_deq":
+        return torch.randn(len(ATOMS), *SHAPES[name], dtype=torch.float64)
+    return joined([graph(atoms, seed) for seed, atoms in enumerate(ATOMS)])
+
+
+@pytest.fixture(params=sorted(MODELS))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_every_model_is_tested() -> None:
+    assert SMALL.keys() == MODELS.keys() == SHAPES.keys()
+
+
+# --------------------------------------------------------------------------------------------------------- building
+
+
+def test_a_model_maps_its_representation_to_outputs(name: str) -> None:
+    found = built(name)(inputs(name))
+    assert found.shape == (len(ATOMS), OUTPUTS) and found.dtype == torch.float64
+    assert bool(torch.isfinite(found).all())
+
+
+def test_a_model_refuses_the_other_representation(name: str) -> None:
+    own = MODELS[name].representation
+    other = {"array": "graph", "graph": "array"}[own]
+    fitting = next(n for n, kind in MODELS.items() if kind.representation == other)
+    text = f"^model {name} takes data as {own}, the dataset holds {other}: use --model with one of .*{fitting}"
+    with pytest.raises(DataError, match=text):
+        build_model(name, model_config(name, {}), other, SHAPES[name], OUTPUTS)
+    with pytest.raises(DataError, match="use --model with one of none yet"):
+        build_model(name, model_config(name, {}), "images", SHAPES[name], OUTPUTS)
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(name: str) -> None:
+    first = built(name, seed=3).state_dict()
+    torch.rand(17)
+    state = torch.random.get_rng_state()
+    second = built(name, seed=3).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), state)  # nothing is drawn from the caller's stream
+    other = built(name, seed=4).state_dict()
+    assert first.keys() == second.keys() == other.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    weights = dict(built(name).named_parameters())
+    assert all(not torch.equal(first[key], other[key]) for key in weights if weights[key].dim() > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_precisions_begin_with_the_same_weights(name: str, dtype: torch.dtype) -> None:
+    config = model_config(name, SMALL[name])
+    model = build_model(name, config, MODELS[name].representation, SHAPES[name], OUTPUTS, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    for mine, other in zip(model.parameters(), built(name).parameters(), strict=True):
+        assert torch.equal(mine.float(), other.float())
+
+
+def test_settings_have_defaults_and_are_frozen(name: str) -> None:
+    config = model_config(name, {})
+    assert config == MODELS[name].config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.width = 3
+    assert model_config(name, {"width": 7, "contraction": 0}).width == 7  # a whole number is a number too
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"widht": 3}, "has no setting 'widht': did you mean width\\?"),
+        ({"qqq": 3}, "has no setting 'qqq': settings: width, "),
+        ({"width": "wide"}, "setting width is 'wide', which is no int"),
+        ({"width": 3.5}, "setting width is 3.5, which is no int"),
+        ({"width": True}, "setting width is True, which is no int"),
+        ({"contraction": "much"}, "setting contraction is 'much', which is no float"),
+    ],
+)
+def test_a_wrong_setting_is_refused(name: str, settings: dict[str, object], told: str) -> None:
+    with pytest.raises(OptionError, match=f"^model {name}:? {told}"):
+        model_config(name, settings)
+
+
+@pytest.mark.parametrize("width", [0, -1])
+def test_a_width_that_makes_no_network_is_refused(name: str, width: int) -> None:
+    with pytest.raises(OptionError, match=f"^model {name}: .*width.*{width}"):
+        built(name, width=width)
+
+
+def test_an_unknown_model_is_refused_with_the_nearest() -> None:
+    with pytest.raises(OptionError, match="^unknown model 'mlp-deq': did you mean mlp_deq\\?$"):
+        model_config("mlp-deq", {})
+    with pytest.raises(OptionError, match="^unknown model 'qqq': choose one of graph_deq, mlp_deq$"):
+        kind_named("qqq")
+
+
+# ------------------------------------------------------------------------------------------------------ contraction
+
+
+def jacobian_of_cell(name: str, model: nn.Module, z: Tensor | None = None) -> Tensor:
+    """Return the Jacobian of the model's cell at a state (default: random), for the whole batch at once."""
+    given = inputs(name)
+    injection = model.inject(given) if name == "graph_deq" else model.injection(given.flatten(1))
+    cell = model.equilibrium.cell
+    z = torch.randn_like(cell.initial_state(injection)) if z is None else z
+    jacobian = torch.autograd.functional.jacobian(lambda state: cell(state, injection), z)
+    return jacobian.reshape(z.numel(), z.numel()).detach()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_cell_contracts_at_initialisation(name: str, seed: int) -> None:
+    """In the 2-norm of the whole batch, and at the state where tanh is steepest."""
+    model = built(name, seed=seed)
+    with torch.no_grad():
+        z = torch.zeros_like(
+            model.equilibrium(
+                model.inject(inputs(name)) if name == "graph_deq" else torch.zeros(4, 6, dtype=torch.float64)
+            )
+        )
+    for jacobian in (jacobian_of_cell(name, model), jacobian_of_cell(name, model, z)):
+        assert float(torch.linalg.matrix_norm(jacobian, 2)) < 1.0
+        assert float(torch.linalg.eigvals(jacobian).abs().max()) < 0.9
+
+
+@pytest.mark.parametrize("contraction", [0.2, 0.8])
+def test_the_setting_is_the_spectral_norm_of_the_recurrent_weights(name: str, contraction: float) -> None:
+    cell = built(name, contraction=contraction).equilibrium.cell
+    total = sum(float(torch.linalg.matrix_norm(w.detach(), 2)) for w in cell.parameters())
+    assert total == pytest.approx(contraction, rel=1e-5)
+
+
+def test_the_output_is_at_the_fixed_point(name: str) -> None:
+    model = built(name)
+    model(inputs(name))
+    solution = model.equilibrium.solution
+    assert bool(solution.converged.all()) and len(solution.converged) == len(ATOMS)
+
+
+# ------------------------------------------------------------------------------------------------------ derivatives
+
+
+def test_gradients_flow_to_every_parameter(name: str) -> None:
+    model = built(name)
+    model(inputs(name)).square().sum().backward()
+    for parameter, value in model.named_parameters():
+        assert value.grad is not None and float(value.grad.abs().sum()) > 0, parameter
+
+
+def test_gradients_are_the_loss_s_slope(name: str) -> None:
+    """Along a random direction of all weights, against a central difference."""
+    model, given = built(name), inputs(name)
+    weights = torch.randn(len(ATOMS), OUTPUTS, dtype=torch.float64)
+    (model(given) * weights).sum().backward()
+    direction = [torch.randn_like(p) for p in model.parameters()]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(model.parameters(), direction, strict=True))
+    step, values = 1e-5, []
+    with torch.no_grad():
+        for distance in (step, -2 * step):
+            for p, d in zip(model.parameters(), direction, strict=True):
+                p.add_(d, alpha=distance)
+            values.append(float((model(given) * weights).sum()))
+    assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- batches, graphs
+
+
+def tight(model: nn.Module) -> nn.Module:
+    model.equilibrium.options.given |= {"snes_rtol": 1e-13, "snes_atol": 1e-13}
+    return model
+
+
+def test_a_sample_s_output_does_not_depend_on_its_batch() -> None:
+    model, x = tight(built("mlp_deq")), inputs("mlp_deq")
+    with torch.no_grad():
+        alone = torch.cat([model(row[None]) for row in x])
+        torch.testing.assert_close(model(x), alone, rtol=0, atol=1e-8)
+
+
+def test_a_graph_s_output_does_not_depend_on_its_batch() -> None:
+    model = tight(built("graph_deq"))
+    graphs = [graph(atoms, seed) for seed, atoms in enumerate(ATOMS)]
+    with torch.no_grad():
+        alone = torch.cat([model(each) for each in graphs])
+        together = model(joined(graphs))
+        backwards = model(joined(graphs[::-1]))
+    assert float((alone[0] - alone[2]).abs().max()) > 1e-3  # graphs do differ
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-8)
+    torch.testing.assert_close(backwards.flip(0), alone, rtol=0, atol=1e-8)
+
+
+def test_the_order_of_atoms_does_not_matter() -> None:
+    model, molecule = tight(built("graph_deq")), graph(5, seed=9)
+    with torch.no_grad():
+        expected = model(molecule)
+        for order in (torch.tensor([4, 3, 2, 1, 0]), torch.tensor([2, 0, 4, 1, 3])):
+            torch.testing.assert_close(model(permuted(molecule, order)), expected, rtol=0, atol=1e-8)
+        other = dataclasses.replace(molecule, atomic_number=molecule.atomic_number.flip(0))
+        assert float((model(other) - expected).abs().max()) > 1e-4  # but which atom is where does
+
+
+def test_turning_a_molecule_does_not_matter_stretching_it_does() -> None:
+    model, molecule = tight(built("graph_deq")), graph(5, seed=9)
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
+    with torch.no_grad():
+        expected = model(molecule)
+        turned = dataclasses.replace(molecule, edge_vector=molecule.edge_vector @ rotation)
+        stretched = dataclasses.replace(molecule, edge_vector=1.3 * molecule.edge_vector)
+        torch.testing.assert_close(model(turned), expected, rtol=0, atol=1e-8)
+        assert float((model(stretched) - expected).abs().max()) > 1e-4
+
+
+def test_a_copy_of_every_neighbour_changes_nothing() -> None:
+    """Messages are averaged over an atom's neighbours, not summed."""
+    model, molecule = tight(built("graph_deq")), graph(4, seed=2)
+    twice = dataclasses.replace(
+        molecule,
+        edge_source=molecule.edge_source.repeat(2),
+        edge_target=molecule.edge_target.repeat(2),
+        edge_vector=molecule.edge_vector.repeat(2, 1),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(twice), model(molecule), rtol=0, atol=1e-8)
+
+
+# ----------------------------------------------------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.3, 2.0])
+def test_a_contractive_weight_is_a_multiple_of_an_orthogonal_one(norm: float) -> None:
+    weight = contractive_(torch.empty(7, 7, dtype=torch.float64), norm)
+    torch.testing.assert_close(weight.T @ weight, norm**2 * torch.eye(7, dtype=torch.float64))
+
+
+def test_radial_functions_peak_at_their_centres() -> None:
+    basis = RadialBasis(4, 6.0)
+    values = basis(torch.tensor([0.0, 2.0, 4.0, 6.0, 60.0]))
+    assert values.shape == (5, 4)
+    torch.testing.assert_close(values.diagonal(), torch.ones(4))
+    torch.testing.assert_close(values[0, 1], torch.tensor(-1.0).exp())  # one width from the next centre
+    assert float(values[4].abs().max()) == 0.0
+    assert RadialBasis(1, 6.0)(torch.tensor([0.0, 6.0])).flatten().tolist() == pytest.approx([1.0, np.exp(-1.0)])
+
+
+def test_means_are_over_each_graph() -> None:
+    values = torch.tensor([[1.0], [3.0], [5.0]])
+    found = mean_over_graphs(values, torch.tensor([0, 0, 2]), 4)
+    assert found.flatten().tolist() == [2.0, 0.0, 5.0, 0.0]  # a graph without atoms has none
