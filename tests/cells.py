@@ -9,7 +9,9 @@ from torch import Tensor, nn
 class TanhCell(nn.Module):
     """z ↦ tanh(W z + U x + b) with ‖W‖₂ = norm."""
 
-    def __init__(self, width: int = 5, features: int = 3, norm: float = 0.8, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, width: int = 5, features: int = 3, norm: float = 0.8, dtype: torch.dtype = torch.float64
+    ) -> None:
         super().__init__()
         self.recurrent = nn.Linear(width, width, dtype=dtype)
         self.injection = nn.Linear(features, width, bias=False, dtype=dtype)

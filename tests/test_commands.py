@@ -193,13 +193,17 @@ def test_petsc_s_words_are_names_and_values() -> None:
 
 def test_petsc_s_options_of_a_file_are_text_as_on_the_command_line(file: Path) -> None:
     """A number or a truth value is what TOML's users write; a zero must not turn into a flag."""
-    file.write_text("[petsc]\ntao_gatol = 0\ndeq_snes_max_it = 20\ntao_gttol = 1e-3\ndeq_snes_monitor = true\n")
+    file.write_text(
+        "[petsc]\ntao_gatol = 0\ndeq_snes_max_it = 20\ntao_gttol = 1e-3\n"
+        "deq_snes_monitor = true\ntao_bnk_pc_mg_galerkin = false\n"
+    )
     assert resolved(str(file)).petsc == {
         **train.TRAINING_OPTIONS,
         "tao_gatol": "0",
         "deq_snes_max_it": "20",
         "tao_gttol": "0.001",
-        "deq_snes_monitor": "true",
+        "deq_snes_monitor": "",
+        "tao_bnk_pc_mg_galerkin": "false",
     }
 
 
@@ -228,7 +232,7 @@ FULL = TrainConfig(
         FULL,
         TrainConfig(max_seconds=float("inf")),
         TrainConfig(weight_decay=1 / 3),
-        TrainConfig(data="odd \x7f\x00\t name"),
+        TrainConfig(data="odd \x7f\t name"),
     ],
     ids=["default", "full", "infinite", "third", "odd"],
 )

@@ -114,7 +114,9 @@ def test_a_large_affine_map_against_a_direct_solve() -> None:
 def test_values_equal_torchdeqs() -> None:
     torchdeq = pytest.importorskip("torchdeq")
     cell, x = TanhCell(), torch.randn(6, 3, dtype=torch.float64)
-    deq = torchdeq.get_deq(f_solver="anderson", f_tol=1e-12, f_max_iter=200, f_stop_mode="rel", b_tol=1e-12, b_max_iter=200)
+    deq = torchdeq.get_deq(
+        f_solver="anderson", f_tol=1e-12, f_max_iter=200, f_stop_mode="rel", b_tol=1e-12, b_max_iter=200
+    )
     (theirs, *_), _ = deq(lambda z: cell(z, x), torch.zeros(6, 5, dtype=torch.float64))
     ours = FixedPoint(cell, options={"snes_rtol": 1e-12})(x)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
@@ -132,7 +134,9 @@ def test_nan_is_an_error_with_its_sample(kind: str) -> None:
 def test_no_fixed_point_is_an_error_with_reason_residual_and_remedy() -> None:
     layer = FixedPoint(nn.Module(), options={"snes_max_it": 20})
     layer.cell.forward = lambda z, x: z * z + x  # type: ignore[method-assign]
-    with pytest.raises(ConvergenceError, match=r"not reached by anderson(?s:.)*\|\|f\(z\) - z\|\| =(?s:.)*Likely fix") as caught:
+    with pytest.raises(
+        ConvergenceError, match=r"not reached by anderson(?s:.)*\|\|f\(z\) - z\|\| =(?s:.)*Likely fix"
+    ) as caught:
         layer(torch.ones(3, 2, dtype=torch.float64))
     assert layer.solution is caught.value.record
     assert layer.work.unconverged == 3

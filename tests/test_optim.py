@@ -102,7 +102,10 @@ def test_iterates_are_emitted_in_order_with_everything_known_of_them(method: str
     assert [i.iteration for i in seen] == [0, 1, 2, 3, 4]
     assert [h[0] for h in result.history] == [0, 1, 2, 3, 4]
     assert seen[0].step_norm is None and all(i.step_norm is not None and i.step_norm > 0 for i in seen[1:])
-    assert all(a.seconds <= b.seconds and a.counts.gradients <= b.counts.gradients for a, b in zip(seen, seen[1:], strict=False))
+    assert all(
+        a.seconds <= b.seconds and a.counts.gradients <= b.counts.gradients
+        for a, b in zip(seen, seen[1:], strict=False)
+    )
     assert (seen[-1].trust_radius is not None) == (method == "trgn")
     assert all(i.fixed_point is not None for i in seen)
     assert torch.equal(seen[-1].x, result.x)

@@ -101,7 +101,9 @@ def test_products_equal_dense_matrices(loss: str, model: object) -> None:
     else:
         q = torch.softmax(y, 1)
         curvature = torch.diag_embed(q) - q[:, :, None] * q[:, None, :]
-    dense = torch.einsum("bin,bij,bjm->nm", jacobian, curvature, jacobian) / len(inputs) + 0.1 * torch.eye(n, dtype=torch.float64)
+    dense = torch.einsum("bin,bij,bjm->nm", jacobian, curvature, jacobian) / len(inputs) + 0.1 * torch.eye(
+        n, dtype=torch.float64
+    )
     ours = torch.stack([problem.gauss_newton_product(p, e) for e in torch.eye(n, dtype=torch.float64)])
     assert_same(ours, dense, 1e-10)
     assert_same(ours, ours.T, 1e-12)
@@ -159,7 +161,10 @@ def test_residual_and_its_jacobian_belong_to_the_loss() -> None:
 @pytest.mark.parallel([1, 2, 3, 5])
 @pytest.mark.parametrize("loss", LOSS_NAMES)
 def test_every_quantity_is_the_same_on_any_number_of_ranks(loss: str, comm: parallel.Comm) -> None:
-    one, many = serial(deq_model(), loss, weight_decay=0.1), distributed(deq_model(), loss, comm, weight_decay=0.1, chunk_size=2)
+    one, many = (
+        serial(deq_model(), loss, weight_decay=0.1),
+        distributed(deq_model(), loss, comm, weight_decay=0.1, chunk_size=2),
+    )
     p, (v, _) = one.initial(), directions(one.layout.count)
     assert_same(many.initial(), p, 0.0)
     assert_same(many.loss(p), one.loss(p), 1e-12)

@@ -33,7 +33,11 @@ class BoundedWeight(nn.Module):
         self.parameter = nn.Parameter(torch.empty(size, size))
         nn.init.orthogonal_(self.parameter)
         # s of an orthogonal matrix times c is c n^(1/16): the c for which W = c β / (β⁴ + s⁴)^(1/4) has norm `initial`.
-        scale = initial * bound / (bound**4 - initial**4 * size**0.25) ** 0.25 if initial**4 * size**0.25 < bound**4 else bound
+        scale = (
+            initial * bound / (bound**4 - initial**4 * size**0.25) ** 0.25
+            if initial**4 * size**0.25 < bound**4
+            else bound
+        )
         with torch.no_grad():
             self.parameter.mul_(scale)
 

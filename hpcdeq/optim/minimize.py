@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hpcdeq import parallel
 from hpcdeq.errors import ConvergenceError, DataError, OptionError
 from hpcdeq.optim.adam import AdamSettings, minimize_adam
 from hpcdeq.optim.base import DIVERGED, Callback, Recorder, Result
 from hpcdeq.optim.presets import METHODS, preset_of, resolved_options
 from hpcdeq.optim.tao import TaoRun
 from hpcdeq.petsc.options import Value
+from hpcdeq.petsc.vocabulary import check_options
 from hpcdeq.problem import TrainingProblem
 
 __all__ = ["METHODS", "minimize", "resolved_options"]
@@ -64,33 +66,16 @@ def minimize(
     DataError
         The loss at the initial weights is not finite.
     """
-    preset = preset_of(method)
-    if max_iterations < 0:
-        raise OptionError(f"max_iterations is {max_iterations}: give 0 or more")
+    with parallel.agreement(problem.comm):
+        _check(problem, method, max_iterations, options, adam)
     x0 = problem.initial() if initial is None else initial.detach()
-    if x0.shape != (problem.layout.count,):
-        raise OptionError(f"initial has shape {tuple(x0.shape)}, the model has ({problem.layout.count},) weights")
-    if not bool(torch.isfinite(x0).all()):
-        bad = int((~torch.isfinite(x0)).nonzero()[0])
-        raise DataError(
-            f"the initial weights are not finite (first: number {bad} of {problem.layout.count}): mend the model's initialisation",
-            agreed=True,
-        )
+    with parallel.agreement(problem.comm):
+        _check_initial(problem, x0)
     recorder = Recorder(problem, callback, max_seconds)
     if method == "adam":
-        if options:
-            raise OptionError("adam has no PETSc options: its settings are --learning-rate, --batch-size and --seed")
         result = minimize_adam(recorder, x0, adam or AdamSettings(), max_iterations)
     else:
-        if adam is not None:
-            raise OptionError(f"settings of adam do not go with {method}: it works on all samples at once")
-        layer = problem.randomness()
-        if layer is not None:
-            raise OptionError(
-                f"{method} needs a loss that is the same each time, and layer {layer} makes it random: remove it, call"
-                " model.eval(), or use adam"
-            )
-        result = TaoRun(recorder, preset).minimize(x0, resolved_options(method, options), max_iterations)
+        result = TaoRun(recorder, preset_of(method)).minimize(x0, resolved_options(method, options), max_iterations)
     if result.status == DIVERGED and raise_on_failure:
         raise ConvergenceError(
             f"{method} stopped after {result.iterations} iterations: {result.reason}, {result.message}.",
@@ -98,3 +83,41 @@ def minimize(
             agreed=True,
         )
     return result
+
+
+def _check(
+    problem: TrainingProblem,
+    method: str,
+    max_iterations: int,
+    options: Mapping[str, Value] | None,
+    adam: AdamSettings | None,
+) -> None:
+    preset = preset_of(method)
+    if max_iterations < 0:
+        raise OptionError(f"max_iterations is {max_iterations}: give 0 or more")
+    if method == "adam":
+        if options:
+            raise OptionError("adam has no PETSc options: its settings are --learning-rate, --batch-size and --seed")
+        return
+    check_options([f"-{name}" for name in resolved_options(method, options)], ["tao_"])
+    if adam is not None:
+        raise OptionError(f"settings of adam do not go with {method}: it works on all samples at once")
+    if preset.least_squares:
+        problem.require_least_squares()
+    layer = problem.randomness()
+    if layer is not None:
+        raise OptionError(
+            f"{method} needs a loss that is the same each time, and layer {layer} makes it random: remove it, call"
+            " model.eval(), or use adam"
+        )
+
+
+def _check_initial(problem: TrainingProblem, x0: Tensor) -> None:
+    if x0.shape != (problem.layout.count,):
+        raise OptionError(f"initial has shape {tuple(x0.shape)}, the model has ({problem.layout.count},) weights")
+    finite = torch.isfinite(x0)
+    if not bool(finite.all()):
+        raise DataError(
+            f"the initial weights are not finite (first: number {int((~finite).nonzero()[0])} of {problem.layout.count}):"
+            " mend the model's initialisation"
+        )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcdeq.errors import ConvergenceError, HpcdeqError
+from hpcdeq.errors import ConvergenceError, DataError
 from hpcdeq.optim.base import BUDGET, CONVERGED, DIVERGED, Recorder, Result
 from hpcdeq.optim.presets import GAUSS_NEWTON, Preset
 from hpcdeq.petsc import PETSc
@@ -189,7 +189,6 @@ class TaoRun:
     # ------------------------------------------------------------------------------------------ least squares
 
     def _set_least_squares(self, tao: PETSc.TAO, x: PETSc.Vec, sizes: tuple[int, int]) -> list[PETSc.Object]:
-        self.problem.require_least_squares()
         residual = self.problem.residual(self._gather(x))
         self._checked(self._half_square(residual))
         r = PETSc.Vec().createMPI((len(residual), PETSc.DETERMINE), comm=self.problem.comm)
@@ -239,10 +238,8 @@ class TaoRun:
             values[:] = block
 
 
-def initial_loss_error(loss: float) -> HpcdeqError:
+def initial_loss_error(loss: float) -> DataError:
     """Return the error for a loss that is not finite at the start. Not collective."""
-    from hpcdeq.errors import DataError
-
     return DataError(
         f"the loss at the initial weights is {loss}: look for NaN in the initial weights, or for inputs or targets that are"
         " far out of scale",

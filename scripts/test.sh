@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Set up and run all checks: lint, types, tests on 1, 2, 3 and 5 ranks.
+#
+#   bash scripts/test.sh            everything
+#   bash scripts/test.sh -k NAME    the tests whose name matches, on every number of ranks (arguments go to pytest)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+source scripts/activate.sh
+export OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1
+
+echo "== ruff and mypy"
+ruff check hpcdeq tests
+ruff format --check hpcdeq tests
+mypy
+
+echo "== tests on 1 rank"
+python -m pytest "$@" || [ $? = 5 ]
+for ranks in 2 3 5; do
+    echo "== tests on $ranks ranks"
+    mpirun -n $ranks bash -c '
+        rank=${OMPI_COMM_WORLD_RANK:-${PMIX_RANK:-${PMI_RANK:-0}}}
+        if [ "$rank" = 0 ]; then python -m pytest -q "$@"; else python -m pytest -q "$@" >".setup/test-rank-$rank.log" 2>&1; fi
+        code=$?
+        [ $code = 5 ] || exit $code' pytest "$@" || {
+        for log in .setup/test-rank-*.log; do
+            echo "-- $log"
+            grep -E "^(E  |FAILED|ERROR)" "$log" | head -20 || true
+        done
+        exit 1
+    }
+done
+echo "== all checks passed"
