@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
             settings = tomllib.load(file)
     except OSError as error:
         raise OptionError(f"configuration {path} cannot be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionError(f"configuration {path} is no TOML: {error}") from error
     fields = {f.name: str(f.type) for f in dataclasses.fields(TrainConfig)}
     for name, value in settings.items():
@@ -135,5 +136,7 @@ def as_toml(config: TrainConfig) -> str:
 
 
 def _literal(value: Any) -> str:
-    """Return a value as TOML; JSON's strings, numbers and booleans are TOML too, but for non-ASCII escapes."""
-    return json.dumps(value, ensure_ascii=False)
+    """Return a value as TOML: JSON's, but for infinity, for DEL, and for what lies beyond ASCII."""
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -186,6 +186,8 @@ def launch(main: Callable[[list[str]], int | None], arguments: list[str]) -> Non
         code = main(arguments) or EXIT_DONE
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else (EXIT_DONE if leave.code is None else EXIT_FAILED)
+        if isinstance(leave.code, str):
+            sys.stderr.write(f"{leave.code}\n")
     except Exception as error:
         cause = unwrap(error)
         known = isinstance(cause, HpcdeqError)

@@ -78,12 +78,17 @@ def resolve(options: argparse.Namespace, petsc: list[str]) -> TrainConfig:
             typed[name] = ""
         else:
             typed[name] = word
-    settings["petsc"] = {**settings.get("petsc", {}), **typed}
+    settings["petsc"] = {**{name: _as_word(value) for name, value in settings.get("petsc", {}).items()}, **typed}
     if settings.get("data", EMBEDDED) == EMBEDDED:
         settings = {**EMBEDDED_SETTINGS, **settings}
     if settings.get("dtype", "float64") == "float64":
         settings["petsc"] = {**TRAINING_OPTIONS, **settings["petsc"]}
     return TrainConfig(**settings)
+
+
+def _as_word(value: Any) -> str:
+    """Return the value of a PETSc option in a TOML file as the command line has it; true is a flag."""
+    return "" if value is True else "false" if value is False else str(value)
 
 
 def main(arguments: list[str]) -> int:

@@ -96,9 +96,9 @@ command -v "${CC:-cc}" >/dev/null || command -v gcc >/dev/null ||
 python_packages() {
     "$PY" -m pip install --upgrade "setuptools>=77" wheel &&
         "$PY" -m pip install "$TORCH" &&
-        "$PY" -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]
-compiled = ("torch", "petsc4py", "mpi4py")
-print(*[d for d in p["dependencies"] + p["optional-dependencies"]["test"] if not d.startswith(compiled)], sep="\n")' \
+        "$PY" -c 'import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]
+wanted = p["dependencies"] + p["optional-dependencies"]["test"]
+print(*[d for d in wanted if re.split("[<>=]", d)[0] not in ("torch", "petsc4py", "mpi4py")], sep="\n")' \
             >"$LOGS/requirements.txt" &&
         "$PY" -m pip install -r "$LOGS/requirements.txt"
 }

@@ -13,7 +13,7 @@ from hpcdeq import parallel
 from hpcdeq.data import TensorDataset
 from hpcdeq.deq import FixedPoint
 from hpcdeq.errors import ConvergenceError, DataError, HpcdeqError, OptionError, ShapeError
-from hpcdeq.problem import LOSSES, TrainingProblem
+from hpcdeq.problem import LOSSES, LeastSquares, TrainingProblem
 
 TIGHT = {"snes_rtol": 1e-13, "snes_atol": 1e-14, "ksp_rtol": 1e-13}
 LOSS_NAMES = ["cross_entropy", "mse"]
@@ -144,14 +144,15 @@ def test_curvature_is_the_second_derivative_of_the_loss(loss: object) -> None:
 def test_residual_and_its_jacobian_belong_to_the_loss() -> None:
     problem = serial(deq_model(), "mse", chunk_size=4)
     p, (v, _) = problem.initial(), directions(problem.layout.count)
-    r = problem.residual(p)
+    squares = LeastSquares(problem)
+    r = squares.residual(p)
     assert abs(0.5 * float(r @ r) - problem.loss(p)) < 1e-14
-    assert_same(torch.from_numpy(problem.owned_residual_jacobian_transpose_product(p, r)), problem.gradient(p), 1e-10)
-    product = problem.residual_jacobian_product(p, v)
-    twice = problem.owned_residual_jacobian_transpose_product(p, product)
+    assert_same(torch.from_numpy(squares.owned_jacobian_transpose_product(p, r)), problem.gradient(p), 1e-10)
+    product = squares.jacobian_product(p, v)
+    twice = squares.owned_jacobian_transpose_product(p, product)
     assert_same(torch.from_numpy(twice), problem.gauss_newton_product(p, v), 1e-10)
     h = 1e-6
-    difference = (problem.residual(p + h * v) - problem.residual(p - h * v)) / (2 * h)
+    difference = (squares.residual(p + h * v) - squares.residual(p - h * v)) / (2 * h)
     assert_same(torch.from_numpy(product), torch.from_numpy(difference), 1e-7)
 
 
@@ -299,7 +300,7 @@ def test_other_refusals() -> None:
     with pytest.raises(ShapeError, match=r"has shape \(3,\)"):
         problem.loss(torch.zeros(3))
     with pytest.raises(OptionError, match="needs a sum of squares"):
-        serial(model, "cross_entropy").require_least_squares()
+        LeastSquares(serial(model, "cross_entropy"))
 
 
 def test_layers_that_make_the_loss_random_are_named() -> None:

@@ -66,17 +66,19 @@ def test_the_saved_configuration_repeats_the_run(run: Run, tmp_path: Path) -> No
     second = run(*TRAIN, "one/config.toml", "--out", "two")
     assert second.returncode == 0, second.stderr
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
-    assert [r["train_loss"] for r in one] == [r["train_loss"] for r in two]
+    for a, b in zip(one, two, strict=True):  # but for rounding: BLAS sums in an order that hangs on addresses
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-10)
 
 
 def test_ranks_do_not_change_the_run(run: Run, tmp_path: Path) -> None:
     burgers(run)
     for ranks in (1, 2, 3):
-        done = run(*TRAIN, "--data", "b.h5", "--max-iterations", "3", "--out", f"r{ranks}", ranks=ranks)
+        tight = ["-deq_snes_rtol", "1e-12", "-deq_ksp_rtol", "1e-12"]
+        done = run(*TRAIN, "--data", "b.h5", "--max-iterations", "3", "--out", f"r{ranks}", *tight, ranks=ranks)
         assert done.returncode == 0, done.stderr
     losses = [[float(r["train_loss"]) for r in history(tmp_path / f"r{n}")] for n in (1, 2, 3)]
     for other in losses[1:]:
-        assert other == pytest.approx(losses[0], rel=1e-5)  # of the training tolerances, 1e-8 and 1e-6
+        assert other == pytest.approx(losses[0], rel=1e-8)
 
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "newton", "adam", "tao:blmvm"])
@@ -132,7 +134,8 @@ def test_real_crystals_from_source_to_classes(run: Run, tmp_path: Path, optimize
     assert summary["metric"]["train"] > majority + 0.05
 
 
+@pytest.mark.timeout(1200)
 def test_sixty_four_ranks(run: Run, tmp_path: Path) -> None:
-    done = run(*TRAIN, "--max-iterations", "1", "--out", "r", ranks=64, timeout=280)
+    done = run(*TRAIN, "--max-iterations", "1", "--out", "r", ranks=64, timeout=1100)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["ranks"] == 64

@@ -75,11 +75,13 @@ def model_config(name: str, settings: Mapping[str, Any]) -> Any:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {near[0]}?" if near else f"settings: {', '.join(fields)}"
             raise OptionError(f"model {name} has no setting {key!r}: {hint}")
-        default = fields[key].default
+        default: Any = fields[key].default
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(
             value, (int, float) if isinstance(default, float) else type(default)
         ):
             raise OptionError(f"model {name}: setting {key} is {value!r}, which is no {type(default).__name__}")
+        if isinstance(default, int) and not isinstance(default, bool) and value < 1:
+            raise OptionError(f"model {name}: setting {key} is {value}: give 1 or more")
     return kind.config(**settings)
 
 

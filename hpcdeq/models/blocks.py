@@ -27,28 +27,29 @@ class BoundedWeight(nn.Module):
 
     def __init__(self, size: int, bound: float, initial: float) -> None:
         super().__init__()
-        if not 0 < initial < bound:
-            raise OptionError(f"contraction {initial} at initialisation must lie between 0 and the bound {bound}")
+        limit = bound * size ** (-1 / 16)
+        if not 0 < initial < limit:
+            raise OptionError(
+                f"contraction {initial} at initialisation must lie between 0 and {limit:.3g}, which is the bound {bound}"
+                f" over {size}^(1/16)"
+            )
         self.bound = bound
         self.parameter = nn.Parameter(torch.empty(size, size))
         nn.init.orthogonal_(self.parameter)
         # s of an orthogonal matrix times c is c n^(1/16): the c for which W = c β / (β⁴ + s⁴)^(1/4) has norm `initial`.
-        scale = (
-            initial * bound / (bound**4 - initial**4 * size**0.25) ** 0.25
-            if initial**4 * size**0.25 < bound**4
-            else bound
-        )
+        scale = initial * bound / (bound**4 - initial**4 * size**0.25) ** 0.25
         with torch.no_grad():
             self.parameter.mul_(scale)
 
     def forward(self) -> Tensor:
         """Return W, ``(n, n)``."""
-        size = torch.linalg.matrix_norm(self.parameter)
+        tiny = torch.finfo(self.parameter.dtype).tiny  # keeps the derivative of a zero parameter
+        size = (self.parameter.square().sum() + tiny).sqrt()
         unit = self.parameter / size
         power = unit @ unit.T
         power = power @ power
         power = power @ power
-        schatten = size * torch.linalg.matrix_norm(power) ** 0.125
+        schatten = size * (power.square().sum() + tiny) ** (1 / 16)
         return self.parameter * (self.bound / (self.bound**4 + schatten**4) ** 0.25)
 
 

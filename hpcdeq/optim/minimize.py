@@ -15,7 +15,7 @@ from hpcdeq.optim.presets import METHODS, preset_of, resolved_options
 from hpcdeq.optim.tao import TaoRun
 from hpcdeq.petsc.options import Value
 from hpcdeq.petsc.vocabulary import check_options
-from hpcdeq.problem import TrainingProblem
+from hpcdeq.problem import LeastSquares, TrainingProblem
 
 __all__ = ["METHODS", "minimize", "resolved_options"]
 
@@ -103,7 +103,7 @@ def _check(
     if adam is not None:
         raise OptionError(f"settings of adam do not go with {method}: it works on all samples at once")
     if preset.least_squares:
-        problem.require_least_squares()
+        LeastSquares(problem)
     layer = problem.randomness()
     if layer is not None:
         raise OptionError(

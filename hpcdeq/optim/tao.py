@@ -15,6 +15,7 @@ from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.operators import matrix_from_products
 from hpcdeq.petsc.options import Options, Value
 from hpcdeq.petsc.solves import reason_name, reraise
+from hpcdeq.problem import LeastSquares
 
 _WORDS = {
     "CONVERGED_GATOL": "the gradient norm is below -tao_gatol",
@@ -189,7 +190,8 @@ class TaoRun:
     # ------------------------------------------------------------------------------------------ least squares
 
     def _set_least_squares(self, tao: PETSc.TAO, x: PETSc.Vec, sizes: tuple[int, int]) -> list[PETSc.Object]:
-        residual = self.problem.residual(self._gather(x))
+        self._squares = LeastSquares(self.problem)
+        residual = self._squares.residual(self._gather(x))
         self._checked(self._half_square(residual))
         r = PETSc.Vec().createMPI((len(residual), PETSc.DETERMINE), comm=self.problem.comm)
         jacobian = matrix_from_products(
@@ -201,7 +203,7 @@ class TaoRun:
 
     def _residual(self, tao: PETSc.TAO, x: PETSc.Vec, r: PETSc.Vec) -> None:
         try:
-            rows = self.problem.residual(self._gather(x))
+            rows = self._squares.residual(self._gather(x))
         except ConvergenceError:
             # Equal residuals whose half sum of squares is the rejected point's loss.
             r.set((2.0 * self._reject() / r.getSize()) ** 0.5)
@@ -220,7 +222,7 @@ class TaoRun:
     def _jacobian_product(self, v: PETSc.Vec, y: PETSc.Vec) -> None:
         assert self._jacobian_at is not None
         try:
-            rows = self.problem.residual_jacobian_product(self._jacobian_at, self._gather(v))
+            rows = self._squares.jacobian_product(self._jacobian_at, self._gather(v))
         except ConvergenceError:  # brgn linearises at rejected trial points too
             y.set(0.0)
             return
@@ -230,7 +232,7 @@ class TaoRun:
     def _jacobian_transpose_product(self, u: PETSc.Vec, y: PETSc.Vec) -> None:
         assert self._jacobian_at is not None
         try:
-            block = self.problem.owned_residual_jacobian_transpose_product(self._jacobian_at, u.getArray(readonly=True))
+            block = self._squares.owned_jacobian_transpose_product(self._jacobian_at, u.getArray(readonly=True))
         except ConvergenceError:
             y.set(0.0)
             return

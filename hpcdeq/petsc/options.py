@@ -51,7 +51,6 @@ class Options:
         try:
             yield
         finally:
-            self.unread = [f"-{name}" for name in added if not database.used(name)]
             for name in added:
                 database.delValue(name)
 
@@ -64,8 +63,8 @@ def as_text(value: Value) -> str | None:
 
 
 def database_options() -> dict[str, str]:
-    """Return PETSc's options database as it stands, names without the dash. Not collective."""
-    return dict(PETSc.Options().getAll())
+    """Return PETSc's options database as it stands, names without the dash, "" for a flag. Not collective."""
+    return {name: value or "" for name, value in PETSc.Options().getAll().items()}
 
 
 def unused_options(prefixes: tuple[str, ...]) -> list[str]:

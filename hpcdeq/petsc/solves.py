@@ -10,6 +10,7 @@ from hpcdeq.petsc import PETSc
 _REMEDIES = {
     "DIVERGED_MAX_IT": "allow more iterations (-{p}snes_max_it), or try -{p}snes_type newtonls",
     "DIVERGED_DTOL": "the map expands here; try -{p}snes_type newtonls, or make the cell more contractive",
+    "KSP DIVERGED_DTOL": "the residual grows; try another -{p}ksp_type (gmres) or -{p}pc_type",
     "DIVERGED_FUNCTION_NANORINF": "the cell returned NaN or Inf; check its input and weights",
     "DIVERGED_FNORM_NAN": "the cell returned NaN or Inf; check its input and weights",
     "DIVERGED_LINE_SEARCH": "try -{p}snes_linesearch_type basic, or another -{p}snes_type",
@@ -54,7 +55,8 @@ class SolveRecord:
     def remedy(self) -> str:
         """Return what to type next after a failure, with this solver's prefix. Not collective."""
         usual = f"look at the history: -{{p}}{self.kind.lower()}_monitor -{{p}}{self.kind.lower()}_converged_reason"
-        return _REMEDIES.get(self.reason, usual).format(p=self.prefix)
+        told = _REMEDIES.get(f"{self.kind} {self.reason}") or _REMEDIES.get(self.reason, usual)
+        return told.format(p=self.prefix)
 
 
 def reason_name(reasons: type, code: int) -> str:

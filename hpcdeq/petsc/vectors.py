@@ -83,4 +83,8 @@ def shaped_read(vector: PETSc.Vec, like: torch.Tensor) -> Iterator[torch.Tensor]
     Not collective.
     """
     with read_view(vector) as view:
-        yield view.to(dtype=like.dtype, device=like.device).reshape(like.shape)
+        shaped = view.to(dtype=like.dtype, device=like.device).reshape(like.shape)
+        try:
+            yield shaped
+        finally:
+            shaped.set_(torch.empty(0, dtype=shaped.dtype, device=shaped.device))  # type: ignore[call-overload]

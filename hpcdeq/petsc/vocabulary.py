@@ -65,7 +65,8 @@ def _exists(name: str, known: frozenset[str], prefixes: tuple[str, ...]) -> bool
         # Every object of this package has a prefix: a bare -snes_rtol would be read by nothing.
         return not name.startswith(("-snes_", "-ksp_", "-pc_")) or any(name.startswith(f"-{p}") for p in prefixes)
     for prefix in prefixes:
-        if name.startswith(f"-{prefix}"):
+        # A prefix given twice would be read by nothing.
+        if name.startswith(f"-{prefix}") and not name.startswith(f"-{prefix}{prefix}"):
             # Solvers inside solvers add prefixes of their own (npc_, sub_, tao_nls_ …): some tail must be a name.
             pieces = name[len(prefix) + 1 :].split("_")
             tails = ("-" + "_".join(pieces[start:]) for start in range(len(pieces) - 1))
@@ -76,9 +77,16 @@ def _exists(name: str, known: frozenset[str], prefixes: tuple[str, ...]) -> bool
 
 def _explain(name: str, known: frozenset[str], prefixes: tuple[str, ...]) -> str:
     candidates = set(known)
+    solvers = [word for word in known if word.startswith(("-snes_", "-ksp_", "-pc_"))]
     for prefix in prefixes:
-        candidates.update(f"-{prefix}{word[1:]}" for word in known if word.startswith(("-snes_", "-ksp_", "-pc_")))
-    if _exists(name, known, ("",)):
+        candidates.update(f"-{prefix}{word[1:]}" for word in solvers)
+        if name.startswith(f"-{prefix}"):
+            pieces = name[len(prefix) + 1 :].split("_")
+            for start in range(1, len(pieces) - 1):
+                head, tail = "_".join(pieces[:start]), "-" + "_".join(pieces[start:])
+                near = difflib.get_close_matches(tail, solvers, n=1, cutoff=0.8)
+                candidates.update(f"-{prefix}{head}_{word[1:]}" for word in near)
+    if name in known:
         better = [f"-{p}{name[1:]}" for p in prefixes if f"-{p}" != "-tao_"]
     else:
         better = difflib.get_close_matches(

@@ -1,7 +1,8 @@
 """A training task as an optimisation problem: loss, gradient and curvature products over MPI."""
 
+from hpcdeq.problem.least_squares import LeastSquares
 from hpcdeq.problem.losses import LOSSES, CrossEntropy, Loss, MeanSquare
 from hpcdeq.problem.parameters import ParameterLayout
 from hpcdeq.problem.training import TrainingProblem
 
-__all__ = ["LOSSES", "CrossEntropy", "Loss", "MeanSquare", "ParameterLayout", "TrainingProblem"]
+__all__ = ["LOSSES", "CrossEntropy", "LeastSquares", "Loss", "MeanSquare", "ParameterLayout", "TrainingProblem"]

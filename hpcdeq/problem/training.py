@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpcdeq import parallel
 from hpcdeq.data import GraphBatch, SampleSource, TensorDataset
-from hpcdeq.errors import ConvergenceError, DataError, HpcdeqError, OptionError
+from hpcdeq.errors import ConvergenceError, DataError, OptionError
 from hpcdeq.problem.counts import Accounts
 from hpcdeq.problem.linearised import Linearised, leaves, outputs_of
 from hpcdeq.problem.losses import Loss, loss_named
@@ -20,6 +20,7 @@ from hpcdeq.problem.memory import fair_share, process_bytes
 from hpcdeq.problem.parameters import ParameterLayout
 
 CHUNK_SIZE = 512
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -150,72 +151,6 @@ class TrainingProblem:
         own = self._local_product(p, v, f"{curvature}_products")
         return self.layout.scatter_sum(own) / self.dataset.count + self.weight_decay * self._block(v)
 
-    def residual(self, p: Tensor) -> np.ndarray:
-        """Return this rank's rows of r with F = ½‖r‖², for losses that are sums of squares.
-
-        Raises
-        ------
-        OptionError
-            The loss is no sum of squares, or weight decay is on.
-        """
-        self.require_least_squares()
-
-        def local() -> np.ndarray:
-            parts = [self._residual_of(self._linearised(i, p), p) for i in range(self._chunk_count())]
-            self.accounts.own.losses += len(self.dataset)
-            return self._joined(parts)
-
-        return self._agreed(local) / self.dataset.count**0.5
-
-    def residual_jacobian_product(self, p: Tensor, v: Tensor) -> np.ndarray:
-        """Return this rank's rows of (∂r/∂p) v."""
-        pieces = self.layout.unflatten(v)
-
-        def local() -> np.ndarray:
-            return self._joined(
-                [
-                    self._residual_scale(at) * at.jacobian_product(pieces)
-                    for at in (self._linearised(i, p) for i in range(self._chunk_count()))
-                ]
-            )
-
-        self.accounts.own.gauss_newton_products += len(self.dataset)
-        return self._agreed(local) / self.dataset.count**0.5
-
-    def owned_residual_jacobian_transpose_product(self, p: Tensor, rows: np.ndarray) -> np.ndarray:
-        """Return this rank's block of (∂r/∂p)ᵀ u, u given by this rank's rows."""
-        cotangent = torch.from_numpy(rows.copy())
-
-        def local() -> Tensor:
-            total = self._zeros()
-            place = 0
-            for i in range(self._chunk_count()):
-                at = self._linearised(i, p)
-                size = at.outputs.numel()
-                u = cotangent[place : place + size].reshape(at.outputs.shape).to(at.outputs)
-                total += self.layout.flatten(at.jacobian_transpose_product(u * self._residual_scale(at)))
-                place += size
-            return total
-
-        return self.layout.scatter_sum(self._agreed(local)) / self.dataset.count**0.5
-
-    def require_least_squares(self) -> None:
-        """Refuse a loss that is no sum of squares. Not collective.
-
-        Raises
-        ------
-        OptionError
-            With the remedy.
-        """
-        probe = torch.zeros(1, 1)
-        if self.loss_function.residual_scale(probe) is None:
-            raise OptionError(
-                f"this optimiser needs a sum of squares, and the loss is {self.loss_function.name}: use the loss mse,"
-                " or another optimiser (trgn takes any loss)"
-            )
-        if self.weight_decay:
-            raise OptionError("this optimiser minimises the sum of squares alone: leave --weight-decay out")
-
     # ------------------------------------------------------------------------------------------ looking at it
 
     def evaluate(self, p: Tensor, dataset: SampleSource) -> Evaluation:
@@ -267,6 +202,31 @@ class TrainingProblem:
                 return f"{name} ({kind}, statistics of the batch)"
         return None
 
+    def linearised(self, p: Tensor) -> Iterator[Linearised]:
+        """Yield this rank's chunks linearised at p, those kept from the last product at the same p as they are.
+
+        Not collective.
+        """
+        if self._point is None or not torch.equal(self._point, p):
+            self._kept.clear()
+            self._point = p.detach().clone()
+        pieces = self.layout.unflatten(p)
+        for i in range(self._chunk_count()):
+            if i in self._kept:
+                yield self._kept[i]
+                continue
+            at = Linearised(self.model, self.layout.names, pieces, *self._chunk(i), self.loss_function)
+            if process_bytes() < self.memory_limit:
+                self._kept[i] = at
+            yield at
+
+    def agreed(self, local: Callable[[], Result]) -> Result:
+        """Return what a local computation returns, or raise on all ranks what any of them raised."""
+        own, error = self._guarded(local)
+        parallel.agree(self.comm, error)
+        assert own is not None
+        return own
+
     def forget(self) -> None:
         """Free the linearised chunks of the last iterate. Not collective."""
         self._kept.clear()
@@ -286,16 +246,11 @@ class TrainingProblem:
     def _zeros(self) -> Tensor:
         return torch.zeros(self.layout.count, dtype=self.layout.dtype, device=self.layout.device)
 
-    def _guarded(self, local: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    def _guarded(self, local: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
         try:
             return local(), None
         except Exception as error:  # whatever it is: the other ranks must hear of it before this one raises
             return None, error
-
-    def _agreed(self, local: Callable[[], Any]) -> Any:
-        own, error = self._guarded(local)
-        parallel.agree(self.comm, error)
-        return own
 
     def _chunks(self, rows: np.ndarray | None) -> Iterator[tuple[Any, Tensor]]:
         if rows is None:
@@ -352,6 +307,7 @@ class TrainingProblem:
 
         own, error = self._guarded(local)
         (total,) = parallel.sum_or_raise(self.comm, np.array([own[0] if own else 0.0]), error)
+        assert own is not None
         return float(total), own[1]
 
     def _local_product(self, p: Tensor, v: Tensor, kind: str) -> Tensor:
@@ -359,45 +315,15 @@ class TrainingProblem:
 
         def local() -> Tensor:
             total = self._zeros()
-            for i in range(self._chunk_count()):
-                at = self._linearised(i, p)
+            for at in self.linearised(p):
                 product = at.gauss_newton_product if kind == "gauss_newton_products" else at.hessian_product
                 total += self.layout.flatten(product(pieces))
             return total
 
-        own = self._agreed(local)
+        own = self.agreed(local)
         setattr(self.accounts.own, kind, getattr(self.accounts.own, kind) + len(self.dataset))
         return own
 
     def _replicated(self, own: Tensor, v: Tensor) -> Tensor:
         total = torch.from_numpy(parallel.sum_over_ranks(self.comm, own.double().cpu().numpy()))
         return total.to(v) / self.dataset.count + self.weight_decay * v
-
-    def _linearised(self, i: int, p: Tensor) -> Linearised:
-        """Return chunk i linearised at p, from the last product at the same p if it was kept."""
-        if self._point is None or not torch.equal(self._point, p):
-            self._kept.clear()
-            self._point = p.detach().clone()
-        if i in self._kept:
-            return self._kept[i]
-        inputs, targets = self._chunk(i)
-        at = Linearised(self.model, self.layout.names, self.layout.unflatten(p), inputs, targets, self.loss_function)
-        if process_bytes() < self.memory_limit:
-            self._kept[i] = at
-        return at
-
-    def _residual_of(self, at: Linearised, p: Tensor) -> Tensor:
-        r = self.loss_function.residual(at.outputs, at.targets)
-        if r is None:
-            raise HpcdeqError(f"the loss {self.loss_function.name} has no residual")
-        return r
-
-    def _residual_scale(self, at: Linearised) -> float:
-        scale = self.loss_function.residual_scale(at.outputs)
-        assert scale is not None
-        return scale
-
-    def _joined(self, parts: list[Tensor]) -> np.ndarray:
-        if not parts:
-            return np.empty(0)
-        return torch.cat([part.reshape(-1) for part in parts]).double().cpu().numpy()
