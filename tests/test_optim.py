@@ -62,8 +62,10 @@ def test_every_tao_type_trains_a_deq(kind: str) -> None:
 @pytest.mark.parallel([1, 2, 3])
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 def test_ten_iterations_of_trgn_are_the_same_on_any_number_of_ranks(loss: str, comm: parallel.Comm) -> None:
-    one = minimize(serial(deq_model(), loss), "trgn", max_iterations=10, raise_on_failure=False)
-    many = minimize(distributed(deq_model(), loss, comm), "trgn", max_iterations=10, raise_on_failure=False)
+    # Without the decay, eleven samples are separable: curvature fades, and a change of 1e-15 in the initial weights alone
+    # changes which steps are taken after the ninth iteration, on one rank too.
+    one = minimize(serial(deq_model(), loss, weight_decay=1e-2), "trgn", max_iterations=10)
+    many = minimize(distributed(deq_model(), loss, comm, weight_decay=1e-2), "trgn", max_iterations=10)
     assert many.iterations == one.iterations
     assert float((many.x - one.x).norm()) <= 1e-8 * float(one.x.norm())
     assert many.loss == pytest.approx(one.loss, rel=1e-8)

@@ -12,6 +12,7 @@ from hpcdeq.errors import ConvergenceError, DataError
 from hpcdeq.optim.base import BUDGET, CONVERGED, DIVERGED, Recorder, Result
 from hpcdeq.optim.presets import GAUSS_NEWTON, Preset
 from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.communicators import anchor
 from hpcdeq.petsc.operators import matrix_from_products
 from hpcdeq.petsc.options import Options, Value
 from hpcdeq.petsc.solves import reason_name, reraise
@@ -66,6 +67,7 @@ class TaoRun:
     def minimize(self, x0: Tensor, options: Mapping[str, Value], max_iterations: int) -> Result:
         """Minimise from x0 ``(n,)`` and return the result; reports failure in its status."""
         comm = self.problem.comm
+        anchor(comm)
         own = self.layout.block_sizes[comm.rank]
         sizes = (own, self.layout.count)
         tao = PETSc.TAO().create(comm=comm)
@@ -96,7 +98,7 @@ class TaoRun:
             tao.destroy()
             for thing in made:
                 thing.destroy()
-            PETSc.garbage_cleanup()
+            PETSc.garbage_cleanup(comm)
             self.problem.forget()
         status = BUDGET if reason in _BUDGETS else CONVERGED if reason.startswith("CONVERGED") else DIVERGED
         message = _WORDS.get(reason, "see PETSc's manual page of TaoConvergedReason")
