@@ -35,7 +35,9 @@ class Preset:
     least_squares: bool = False
 
 
-# Inner conjugate-gradient steps are bounded: without a bound TAO spends around 80 products on an iteration.
+# Inner conjugate-gradient steps are bounded: without a bound TAO spends around 80 products on an iteration. A residual of
+# a tenth is asked of them: at a hundredth, rounding in the last steps grows until runs on different numbers of ranks
+# part (a change of 1e-15 in the initial weights became 1e-2 in ten iterations of a small classification).
 _INNER = 20
 
 PRESETS: dict[str, Preset] = {
@@ -44,7 +46,7 @@ PRESETS: dict[str, Preset] = {
         {
             "tao_type": "bntr",
             "tao_bnk_ksp_max_it": _INNER,
-            "tao_bnk_ksp_rtol": 1e-2,
+            "tao_bnk_ksp_rtol": 1e-1,
             "tao_bnk_init_type": "constant",
             "tao_trust0": 1.0,
         },
