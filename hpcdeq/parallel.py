@@ -99,18 +99,21 @@ def agree(comm: Comm, error: BaseException | None) -> None:
     """Raise on every rank if any rank holds an error.
 
     Collective on comm. One integer reduction when all is well. Otherwise the lowest failing rank's error is raised
-    everywhere: itself where it came from, with its class and message on the others.
+    everywhere, as a new object of its class with its message (and, where it came from, the original as its cause).
 
     Raises
     ------
     HpcdeqError
-        The agreed error, its ``agreed`` set; errors of other classes arrive on the other ranks as `RankError`.
+        The agreed error, its ``agreed`` set; an error of another class becomes a `RankError`. On a single rank, the error
+        itself.
     """
     first = comm.allreduce(comm.rank if error is not None else comm.size, op=MPI.MIN)
     if first == comm.size:
         return
     if comm.size == 1:
         assert error is not None
+        if isinstance(error, HpcdeqError):
+            error.agreed = True
         raise error
     told = None
     if comm.rank == first:
@@ -118,18 +121,24 @@ def agree(comm: Comm, error: BaseException | None) -> None:
         if isinstance(error, HpcdeqError):
             told = (type(error), str(error))
         else:
-            lines = traceback.format_exception_only(error)
-            place = traceback.extract_tb(error.__traceback__)
-            where = f" (at {place[-1].filename}:{place[-1].lineno})" if place else ""
-            told = (RankError, f"{lines[-1].strip()}{where}")
+            told = (RankError, foreign_error(error))
     kind, message = comm.bcast(told, root=first)
-    if f"rank {first}" not in message and any_other_rank_fine(comm, error):
+    if not message.startswith(f"rank {first}:") and any_other_rank_fine(comm, error):
         message = f"rank {first}: {message}"
     raised = kind(message)
     raised.agreed = True
     if isinstance(error, HpcdeqError) and comm.rank == first:
         raised.__dict__.update({k: v for k, v in vars(error).items() if k != "agreed"})
     raise raised from error
+
+
+def foreign_error(error: BaseException) -> str:
+    """Return what to tell the other ranks of an error that is not hpcdeq's own. Not collective."""
+    if os.environ.get("HPCDEQ_TRACEBACK"):
+        return "".join(traceback.format_exception(error)).rstrip()
+    place = traceback.extract_tb(error.__traceback__)
+    where = f" (at {place[-1].filename}:{place[-1].lineno}; HPCDEQ_TRACEBACK=1 shows how it got there)" if place else ""
+    return traceback.format_exception_only(error)[-1].strip() + where
 
 
 def any_other_rank_fine(comm: Comm, error: BaseException | None) -> bool:

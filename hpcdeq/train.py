@@ -108,11 +108,14 @@ def main(arguments: list[str]) -> int:
     with parallel.agreement(parallel.WORLD):
         config = resolve(options, petsc)
         PETSC_ARGUMENTS[:] = [word for name, value in config.petsc.items() for word in (f"-{name}", value) if word]
+        from hpcdeq.models import model_config
         from hpcdeq.optim.presets import preset_of
         from hpcdeq.petsc.vocabulary import check_options
 
         check_options([f"-{name}" for name in config.petsc], PREFIXES)
         preset_of(config.optimizer)
+        if config.model:
+            model_config(config.model, config.model_settings)
     result = Training(config, options.out, quiet=options.quiet).run()
     return EXIT_FAILED if result.status == "diverged" else EXIT_DONE
 

@@ -91,7 +91,7 @@ class Progress:
 
     def _header(self, iterate: Iterate) -> str:
         fixed_point = f"{'fixed point':>15}" if iterate.fixed_point else ""
-        metric = "val. " + self.metric_name[:9]
+        metric = "val. " + self.metric_name.removeprefix("relative_")
         work = f"{'gradients':>11}{'products':>10}"
         return f"{'it':>6}{'seconds':>10}{'loss':>13}{'|gradient|':>12}{metric:>16}{fixed_point}{work}"
 
