@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 
 from hpcdeq.deq import FixedPoint
-from hpcdeq.errors import ConvergenceError
+from hpcdeq.errors import ConvergenceError, HpcdeqError
 
 TIGHT = {"snes_rtol": 1e-13, "snes_atol": 1e-14, "ksp_rtol": 1e-13}
 
@@ -132,6 +132,22 @@ def test_third_derivative_by_finite_differences() -> None:
     ends = [curvature((x + s * h * along).requires_grad_()).detach() for s in (1, -1)]
     # The matrix of second derivatives of a scalar is symmetric: its transpose times `along` is its product with it.
     torch.testing.assert_close(third, (ends[0] - ends[1]) / (2 * h), rtol=1e-5, atol=1e-7)
+
+
+def test_jacobians_and_hessians_of_torch_func() -> None:
+    layer = FixedPoint(TanhCell(), options=TIGHT)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    rows = torch.autograd.functional.jacobian(layer, x)
+    torch.testing.assert_close(torch.func.jacrev(layer)(x), rows, rtol=0, atol=1e-10)
+    torch.testing.assert_close(torch.func.jacfwd(layer)(x), rows, rtol=0, atol=1e-10)
+
+    def scalar(given: Tensor) -> Tensor:
+        return layer(given).square().sum()
+
+    expected = torch.autograd.functional.hessian(scalar, x)
+    torch.testing.assert_close(torch.func.hessian(scalar)(x), expected, rtol=0, atol=1e-10)
+    with pytest.raises(HpcdeqError, match="give the samples as one batch"):
+        torch.func.vmap(lambda row: layer(row[None]))(x)
 
 
 def test_single_precision() -> None:

@@ -23,7 +23,7 @@ from hpcdeq.deq.arguments import StateFunction
 from hpcdeq.deq.forward import SLACK, TOLERANCES, ForwardSolver, Samples, Solution, bind, resolvent_product
 from hpcdeq.deq.jacobian import Linearisation
 from hpcdeq.deq.work import Work
-from hpcdeq.errors import ConvergenceError
+from hpcdeq.errors import ConvergenceError, HpcdeqError
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.operators import matrix_from_products
 from hpcdeq.petsc.options import Options
@@ -229,6 +229,14 @@ class FixedPointFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], equilibrium: Equilibrium, z0: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, None]:
+        """Solve once where a vmap is over directions of differentiation alone."""
+        refuse_batched(in_dims[1:])
+        return FixedPointFunction.apply(equilibrium, z0, *tensors), None
+
+    @staticmethod
     def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, ...]:
         equilibrium, (z, *tensors) = ctx.equilibrium, ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
@@ -274,6 +282,23 @@ class Resolvent(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        equilibrium: Equilibrium,
+        transpose: bool,
+        g: Tensor,
+        z: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, int | None]:
+        """Solve for many right-hand sides at one fixed point, as ``jacrev``, ``jacfwd`` and ``hessian`` ask for."""
+        refuse_batched(in_dims[3:])
+        if in_dims[2] is None:
+            return Resolvent.apply(equilibrium, transpose, g, z, *tensors), None
+        parts = [Resolvent.apply(equilibrium, transpose, part, z, *tensors) for part in g.unbind(in_dims[2])]
+        return torch.stack(parts), 0
+
+    @staticmethod
     def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, ...]:
         equilibrium, (w, z, *tensors) = ctx.equilibrium, ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
@@ -304,6 +329,14 @@ class Resolvent(torch.autograd.Function):
             right = change if right is None else right + change
         assert right is not None
         return Resolvent.apply(equilibrium, ctx.transpose, right, z, *tensors)
+
+
+def refuse_batched(in_dims: Sequence[int | None]) -> None:
+    """Refuse a vmap over the inputs or weights of a fixed point. Not collective."""
+    if any(dim is not None for dim in in_dims):
+        raise HpcdeqError(
+            "vmap over the input or the weights of a fixed point is not supported: give the samples as one batch"
+        )
 
 
 def pullback(function: Callable[..., Any], *at: Tensor) -> Callable[..., Any]:
