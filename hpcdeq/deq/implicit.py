@@ -232,7 +232,7 @@ class FixedPointFunction(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], equilibrium: Equilibrium, z0: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, None]:
-        """Solve once where a vmap is over directions of differentiation alone."""
+        """Solve once where a vmap is over directions of differentiation alone. Not collective."""
         refuse_batched(in_dims[1:])
         return FixedPointFunction.apply(equilibrium, z0, *tensors), None
 
@@ -291,7 +291,7 @@ class Resolvent(torch.autograd.Function):
         z: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, int | None]:
-        """Solve for many right-hand sides at one fixed point, as ``jacrev``, ``jacfwd`` and ``hessian`` ask for."""
+        """Solve for many right-hand sides at one fixed point, as ``jacrev`` and ``hessian`` ask for. Not collective."""
         refuse_batched(in_dims[3:])
         if in_dims[2] is None:
             return Resolvent.apply(equilibrium, transpose, g, z, *tensors), None
