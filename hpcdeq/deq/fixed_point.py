@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hpcdeq.deq.arguments import Cell, initial_state, pure_function
+from hpcdeq.deq.equilibrium import Equilibrium, LinearSolution, Log
 from hpcdeq.deq.forward import DEFAULTS, ForwardSolver, Samples, Solution, bind
-from hpcdeq.deq.implicit import Equilibrium, FixedPointFunction, LinearSolution, Log
+from hpcdeq.deq.implicit import FixedPointFunction
 from hpcdeq.deq.work import Work
 from hpcdeq.errors import HpcdeqError, ShapeError
 from hpcdeq.petsc.options import Options, Value

@@ -58,11 +58,10 @@ class Samples:
 
     def norms(self, z: Tensor) -> Tensor:
         """Return the 2-norm of each sample, ``(B,)`` in float64. Not collective."""
-        rows = (
-            z.flatten(1)
-            if z.dim() > 1
-            else z.reshape(1 if self.index is None else -1, z.numel() if self.index is None else 1)
-        )
+        if z.dim() > 1:
+            rows = z.flatten(1)
+        else:
+            rows = z.reshape(1, -1) if self.index is None else z[:, None]
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         if self.index is None:
             return norms
