@@ -110,9 +110,11 @@ def main(arguments: list[str]) -> int:
         PETSC_ARGUMENTS[:] = [word for name, value in config.petsc.items() for word in (f"-{name}", value) if word]
         from hpcdeq.models import model_config
         from hpcdeq.optim.presets import preset_of
+        from hpcdeq.petsc.options import insert_options
         from hpcdeq.petsc.vocabulary import check_options
 
         check_options([f"-{name}" for name in config.petsc], PREFIXES)
+        insert_options(config.petsc)
         preset_of(config.optimizer)
         if config.model:
             model_config(config.model, config.model_settings)

@@ -62,6 +62,17 @@ def as_text(value: Value) -> str | None:
     return "false" if value is False else str(value)
 
 
+def insert_options(given: Mapping[str, str]) -> None:
+    """Put options with their prefix into PETSc's database for good; an empty value makes a flag.
+
+    Not collective. Where PETSc is initialised with them they are there already; a program that had initialised it before
+    has them only through this.
+    """
+    database = PETSc.Options()
+    for name, value in given.items():
+        database.setValue(name, value or None)
+
+
 def database_options() -> dict[str, str]:
     """Return PETSc's options database as it stands, names without the dash, "" for a flag. Not collective."""
     return {name: value or "" for name, value in PETSc.Options().getAll().items()}
