@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -123,7 +124,7 @@ def agree(comm: Comm, error: BaseException | None) -> None:
         else:
             told = (RankError, foreign_error(error))
     kind, message = comm.bcast(told, root=first)
-    if not message.startswith(f"rank {first}:") and any_other_rank_fine(comm, error):
+    if not re.search(rf"\brank {first}\b", message) and any_other_rank_fine(comm, error):
         message = f"rank {first}: {message}"
     raised = kind(message)
     raised.agreed = True
