@@ -204,6 +204,8 @@ class Training:
                 dtype=getattr(torch, config.dtype),
                 device=config.device,
             )
+        # What was left to the defaults is part of what decides the run, and is saved with it.
+        self.config = dataclasses.replace(config, model=self.model_name, model_settings=dataclasses.asdict(settings))
         loss = next(loss for loss in LOSSES.values() if loss.task == train.task)
         return TrainingProblem(
             model, train, loss, self.comm, chunk_size=config.chunk_size, weight_decay=config.weight_decay

@@ -62,6 +62,7 @@ def test_the_saved_configuration_repeats_the_run(run: Run, tmp_path: Path) -> No
     )
     assert first.returncode == 0, first.stderr
     config = tomllib.loads((tmp_path / "one" / "config.toml").read_text())
+    assert config["model"] == "mlp_deq" and config["model_settings"]["width"] == 64
     assert config["seed"] == 4 and config["petsc"]["tao_bnk_ksp_max_it"] == "5"
     second = run(*TRAIN, "one/config.toml", "--out", "two")
     assert second.returncode == 0, second.stderr
