@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from hpcdeq.errors import EXIT_USAGE
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+# Seconds that the process which prints has to start and print before the others leave. The launcher ends them at once when
+# it leaves, so that the time is only spent where a launcher does not.
+HEAD_START = 5.0
 
 
 def speaks() -> bool:
@@ -52,6 +58,15 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print usage and message once a job, and leave with code 2. Not collective."""
         self.exit(EXIT_USAGE, f"{self.format_usage()}{self.prog}: error: {message}\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Leave; a silent process of a job that fails leaves last. Not collective.
+
+        A launcher ends the whole job at the first process that fails, and with it the one that was about to say why.
+        """
+        if status and not speaks():
+            time.sleep(HEAD_START)
+        super().exit(status, message)
 
     def _refuse_unknown(self, arguments: Sequence[str]) -> None:
         """End the command at the first ``--option`` that neither this parser nor the chosen sub-command has."""

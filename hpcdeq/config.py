@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import tomllib
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpcdeq.errors import OptionError
+from hpcdeq.errors import OptionError, suggestion
 
 EMBEDDED = "burgers"
 
@@ -113,8 +112,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     fields = {f.name: str(f.type) for f in dataclasses.fields(TrainConfig)}
     for name, value in settings.items():
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"settings: {', '.join(fields)}"
+            hint = suggestion(name, fields, f"settings: {', '.join(fields)}")
             raise OptionError(f"configuration {path}: unknown setting {name!r}: {hint}")
         wanted = _TYPES[fields[name].split("[")[0].split(" ")[0]]
         if isinstance(value, bool) or not isinstance(value, wanted):  # type: ignore[arg-type]

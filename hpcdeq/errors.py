@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -63,3 +66,21 @@ class ConvergenceError(HpcdeqError):
 
 class RankError(HpcdeqError):
     """A failure on another rank, raised here so that no rank waits for one that has left."""
+
+
+def suggestion(name: str, valid: Iterable[str], otherwise: str, prefix: str = "") -> str:
+    """Return what to say of a name that does not exist: the nearest valid one, or else ``otherwise``.
+
+    Not collective.
+
+    Parameters
+    ----------
+    name, valid
+        What was typed, and what could have been.
+    otherwise
+        What to say where nothing is near.
+    prefix
+        What stands before a valid name on the command line.
+    """
+    near = difflib.get_close_matches(name, list(valid), n=1)
+    return f"did you mean {prefix}{near[0]}?" if near else otherwise

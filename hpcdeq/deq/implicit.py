@@ -118,7 +118,7 @@ class Resolvent(torch.autograd.Function):
         if not any(wanted) or not (torch.is_grad_enabled() or bool(w.any())):
             return None, None, v, *(None for _ in wanted)
         equilibrium.log.work.cell_vjps += 2 * equilibrium.samples.count
-        gradient, _ = bilinear_gradient(equilibrium.function, z, tensors, wanted)
+        gradient = bilinear_gradient(equilibrium.function, z, tensors, wanted)
         products = iter(gradient(w, v) if ctx.transpose else gradient(v, w))
         return None, None, v, *(next(products) if want else None for want in wanted)
 
@@ -129,7 +129,7 @@ class Resolvent(torch.autograd.Function):
         wanted = [t is not None for t in given]
         if any(wanted):
             equilibrium.log.work.cell_jvps += 2 * equilibrium.samples.count
-            gradient, _ = bilinear_gradient(equilibrium.function, z, tensors, wanted)
+            gradient = bilinear_gradient(equilibrium.function, z, tensors, wanted)
             if ctx.transpose:
                 pull = pullback(lambda b: gradient(w, b), torch.zeros_like(z))
             else:
@@ -189,8 +189,8 @@ def push_forward(
 
 def bilinear_gradient(
     function: StateFunction, z: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]
-) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Return (a, b) ↦ ∂s/∂(the wanted of z, *tensors) of s = <a, J b>, and those arguments. Not collective."""
+) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """Return (a, b) ↦ ∂s/∂(the wanted of z, *tensors) of s = <a, J b>. Not collective."""
     points = (z, *tensors)
     chosen = tuple(alias(p) for p, want in zip(points, wanted, strict=True) if want)
 
@@ -204,4 +204,4 @@ def bilinear_gradient(
         pull = pullback(transpose_product, *chosen)
         return pull(b)
 
-    return gradient, chosen
+    return gradient

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpcdeq.errors import DataError, OptionError
+from hpcdeq.errors import DataError, OptionError, suggestion
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,7 @@ def kind_named(name: str) -> ModelKind:
         There is none of that name.
     """
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(MODELS)}"
+        hint = suggestion(name, MODELS, f"choose one of {', '.join(MODELS)}")
         raise OptionError(f"unknown model {name!r}: {hint}")
     return MODELS[name]
 
@@ -72,8 +70,7 @@ def model_config(name: str, settings: Mapping[str, Any]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind.config)}
     for key, value in settings.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"settings: {', '.join(fields)}"
+            hint = suggestion(key, fields, f"settings: {', '.join(fields)}")
             raise OptionError(f"model {name} has no setting {key!r}: {hint}")
         default: Any = fields[key].default
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hpcdeq.errors import OptionError
+from hpcdeq.errors import OptionError, suggestion
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.options import Value
 
@@ -107,13 +106,11 @@ def preset_of(method: str) -> Preset:
         kind = method[4:]
         types = sorted(v for k, v in vars(PETSc.TAO.Type).items() if k.isupper())
         if kind not in types:
-            near = difflib.get_close_matches(kind, types, n=1)
-            hint = f"did you mean tao:{near[0]}?" if near else f"types: {', '.join(types)}"
+            hint = suggestion(kind, types, f"types: {', '.join(types)}", prefix="tao:")
             raise OptionError(f"unknown TAO type {kind!r}: {hint}")
         known = _TYPES.get(kind, Preset(f"TAO {kind}"))
         return Preset(known.summary, {"tao_type": kind, **known.options}, known.curvature, known.least_squares)
-    near = difflib.get_close_matches(method, METHODS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(METHODS)} or tao:TYPE"
+    hint = suggestion(method, METHODS, f"choose one of {', '.join(METHODS)} or tao:TYPE")
     raise OptionError(f"unknown optimizer {method!r}: {hint}")
 
 
