@@ -182,8 +182,9 @@ def test_outcomes_of_adjoint_and_tangent_are_kept() -> None:
     assert layer.tangent is not None and layer.tangent.iterations > 0
 
 
-def test_a_failed_adjoint_is_an_error_and_not_a_gradient() -> None:
-    layer, _, (x, *_) = layer_and_arguments(ksp_max_it=1)
+@pytest.mark.parametrize("kind", ["gmres", "batched_anderson", "batched_gmres"])
+def test_a_failed_adjoint_is_an_error_and_not_a_gradient(kind: str) -> None:
+    layer, _, (x, *_) = layer_and_arguments(ksp_type=kind, ksp_max_it=1)
     z = layer(x)
     with pytest.raises(ConvergenceError, match=r"adjoint system .* DIVERGED_ITS(?s:.)*-deq_ksp_max_it"):
         z.sum().backward()

@@ -135,7 +135,7 @@ def test_no_fixed_point_is_an_error_with_reason_residual_and_remedy() -> None:
     layer = FixedPoint(nn.Module(), options={"snes_max_it": 20})
     layer.cell.forward = lambda z, x: z * z + x  # type: ignore[method-assign]
     with pytest.raises(
-        ConvergenceError, match=r"not reached by anderson(?s:.)*\|\|f\(z\) - z\|\| =(?s:.)*Likely fix"
+        ConvergenceError, match=r"not reached by batched_anderson(?s:.)*\|\|f\(z\) - z\|\| =(?s:.)*Likely fix"
     ) as caught:
         layer(torch.ones(3, 2, dtype=torch.float64))
     assert layer.solution is caught.value.record

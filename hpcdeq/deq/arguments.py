@@ -16,15 +16,22 @@ Cell = Callable[[Tensor, Any], Tensor]
 StateFunction = Callable[..., Tensor]
 
 
-def flatten(x: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+def flatten(x: Any, *, whole: bool = False) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
     """Take the floating-point tensors out of an input, and return how to put others in their place.
 
     Not collective. Tensors are found in tuples, lists, dicts and dataclasses; other objects are kept as they are.
+
+    Parameters
+    ----------
+    x
+        Any object.
+    whole
+        Take tensors of whole numbers and truth values too.
     """
     found: list[Tensor] = []
 
     def take(item: Any) -> Callable[[Sequence[Tensor]], Any]:
-        if isinstance(item, Tensor) and (item.is_floating_point() or item.is_complex()):
+        if isinstance(item, Tensor) and (whole or item.is_floating_point() or item.is_complex()):
             place = len(found)
             found.append(item)
             return lambda tensors: tensors[place]
@@ -45,29 +52,123 @@ def flatten(x: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
     return found, rebuild
 
 
-def pure_function(cell: Cell, x: Any) -> tuple[list[Tensor], StateFunction]:
-    """Write a cell as a function of the state and of every tensor that it depends on.
+class CellFunction:
+    """A cell as a function of the state and of every tensor that it depends on, without hidden arguments.
 
-    Not collective.
+    Parameters
+    ----------
+    cell
+        ``cell(z, x) -> z``.
+    x
+        The cell's second argument.
+    trusted
+        Kinds of input whose restriction to fewer samples was seen to be right; grows with use.
 
-    Returns
-    -------
+    Attributes
+    ----------
     tensors
         The cell's floating-point parameters, then the floating-point tensors inside x.
-    function
-        ``function(z, *tensors) -> f(z)`` without hidden arguments.
     """
-    inputs, rebuild = flatten(x)
-    if not isinstance(cell, nn.Module):
-        return inputs, lambda z, *tensors: cell(z, rebuild(tensors))
-    named = [(name, p) for name, p in cell.named_parameters() if p.is_floating_point()]
-    names = [name for name, _ in named]
 
-    def function(z: Tensor, *tensors: Tensor) -> Tensor:
-        parameters = dict(zip(names, tensors[: len(names)], strict=True))
-        return functional_call(cell, parameters, (z, rebuild(tensors[len(names) :])))
+    def __init__(self, cell: Cell, x: Any, trusted: set[Any] | None = None) -> None:
+        inputs, self._rebuild = flatten(x)
+        named = []
+        if isinstance(cell, nn.Module):
+            named = [(name, p) for name, p in cell.named_parameters() if p.is_floating_point()]
+        self.cell = cell
+        self.trusted: set[Any] = set() if trusted is None else trusted
+        self._names = [name for name, _ in named]
+        self._own = [p for _, p in named]
+        self.tensors = self._own + inputs
 
-    return [p for _, p in named] + inputs, function
+    def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
+        """Return f(z) with the tensors in place of `tensors`. Not collective."""
+        x = self._rebuild(tensors[len(self._names) :])
+        if not self._names:
+            return self.cell(z, x)
+        parameters = dict(zip(self._names, tensors[: len(self._names)], strict=True))
+        return functional_call(self.cell, parameters, (z, x))  # type: ignore[arg-type]
+
+    def bind(self, tensors: Sequence[Tensor]) -> BoundCell:
+        """Return z ↦ f(z, tensors) for evaluations without derivatives. Not collective."""
+        given, rest = tensors[: len(self._names)], [t.detach() for t in tensors[len(self._names) :]]
+        # Where the module holds these very weights it is called as it is: a functional call costs as much as a small cell.
+        held = all(a is b for a, b in zip(given, self._own, strict=True))
+        parameters = None if held else {n: t.detach() for n, t in zip(self._names, given, strict=True)}
+        return BoundCell(self.cell, parameters, self._rebuild(rest), self.trusted)
+
+
+class BoundCell:
+    """z ↦ f(z) with weights and input fixed, for all samples of the input or for some.
+
+    Parameters
+    ----------
+    cell, given
+        What is called as ``cell(z, given)``.
+    parameters
+        Weights by name; None: those that the module holds.
+    trusted
+        As in `CellFunction`.
+    """
+
+    def __init__(self, cell: Cell, parameters: dict[str, Tensor] | None, given: Any, trusted: set[Any]) -> None:
+        self.cell = cell
+        self.parameters = parameters
+        self.given = given
+        self.trusted = trusted
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return f(z). Not collective."""
+        if self.parameters is None:
+            return self.cell(z, self.given)
+        return functional_call(self.cell, self.parameters, (z, self.given))  # type: ignore[arg-type]
+
+    def restrict(self, keep: Tensor, rows: Tensor, count: int, z: Tensor, image: Tensor) -> BoundCell | None:
+        """Return the function for some of its samples; None where the cell cannot be restricted.
+
+        Not collective. A cell says what its input is for fewer samples with a method ``select(given, keep)``. Without
+        one, every tensor whose first length is the number of samples is taken to have a row for each; the first time that
+        an input of some form is restricted, the result is compared with the image that is known.
+
+        Parameters
+        ----------
+        keep
+            ``(k,)`` increasing sample numbers.
+        rows
+            Rows of the state that belong to them.
+        count
+            Number of samples so far.
+        z, image
+            A state of the kept samples and its image.
+        """
+        select = getattr(self.cell, "select", None)
+        kind = "select" if select is not None else _form(self.given, count)
+        if kind is None or (select is None and image.shape[0] != len(keep)):
+            return None
+        given = _narrowed(self.given, keep, count) if select is None else select(self.given, keep)
+        fewer = BoundCell(self.cell, self.parameters, given, self.trusted)
+        if kind not in self.trusted:
+            try:
+                again = fewer(z)
+            except (RuntimeError, IndexError):  # what torch raises for lengths that do not fit
+                return None
+            rounding = torch.finfo(image.dtype).eps ** 0.5 * image.abs().amax()
+            if again.shape != image.shape or not bool((again - image).abs().amax() <= rounding):
+                return None
+            self.trusted.add(kind)
+        return fewer
+
+
+def _form(given: Any, count: int) -> tuple[Any, ...] | None:
+    """Say what an input looks like, apart from the number of samples; None if nothing in it is as long as that."""
+    tensors, _ = flatten(given, whole=True)
+    form = tuple((t.dim() > 0 and t.shape[0] == count, t.shape[1:]) for t in tensors)
+    return form if any(long for long, _ in form) else None
+
+
+def _narrowed(given: Any, keep: Tensor, count: int) -> Any:
+    tensors, rebuild = flatten(given, whole=True)
+    return rebuild([t.index_select(0, keep) if t.dim() and t.shape[0] == count else t for t in tensors])
 
 
 def initial_state(cell: Cell, x: Any, function: StateFunction, tensors: Sequence[Tensor]) -> Tensor:

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcdeq.deq.arguments import Cell, initial_state, pure_function
-from hpcdeq.deq.equilibrium import Equilibrium, LinearSolution, Log
-from hpcdeq.deq.forward import DEFAULTS, ForwardSolver, Samples, Solution, bind
+from hpcdeq.deq.arguments import Cell, CellFunction, initial_state
+from hpcdeq.deq.equilibrium import Equilibrium, Log
+from hpcdeq.deq.forward import ForwardSolver
 from hpcdeq.deq.implicit import FixedPointFunction
+from hpcdeq.deq.inexact import INEXACT
+from hpcdeq.deq.linear import LinearSolution
+from hpcdeq.deq.samples import Samples
+from hpcdeq.deq.solution import Solution
 from hpcdeq.deq.work import Work
 from hpcdeq.errors import HpcdeqError, ShapeError
 from hpcdeq.petsc.options import Options, Value
@@ -38,6 +42,12 @@ class FixedPoint(nn.Module):
         ``sample_index(x) -> (rows,)`` sample of each leading row of z, where a sample has several rows (the atoms of a
         graph). Default: each row is a sample. Convergence is judged for each sample.
 
+    Attributes
+    ----------
+    expected_solves
+        Tangent and adjoint solves that a caller will ask for at each fixed point, which decides whether factors pay; None:
+        as many as at the last one.
+
     Raises
     ------
     ConvergenceError
@@ -53,10 +63,12 @@ class FixedPoint(nn.Module):
     ) -> None:
         super().__init__()
         self.cell = cell
-        self.options = Options(petsc_prefix, {**DEFAULTS, **(options or {})})
+        self.options = Options(petsc_prefix, options)
         self.sample_index = sample_index
         self._log = Log(Work())
+        self.expected_solves: int | None = None
         self._checked = False
+        self._trusted: set[Any] = set()
 
     @property
     def solution(self) -> Solution | None:
@@ -72,6 +84,17 @@ class FixedPoint(nn.Module):
     def tangent(self) -> LinearSolution | None:
         """How the last tangent solve, of a forward or second derivative, ended."""
         return self._log.tangent
+
+    @property
+    def method(self) -> str:
+        """How the last tangent or adjoint system was solved, and why so."""
+        return self._log.method
+
+    @property
+    def inexact(self) -> str | None:
+        """The inexact adjoint (jfb, phantom, shine) that the options choose; None: derivatives are exact."""
+        kind = self.options.chosen("ksp_type")
+        return kind if kind in INEXACT else None
 
     @property
     def work(self) -> Work:
@@ -90,14 +113,17 @@ class FixedPoint(nn.Module):
         z0
             Initial guess; it is not differentiated.
         """
-        tensors, function = pure_function(self.cell, x)
+        function = CellFunction(self.cell, x, self._trusted)
+        tensors = function.tensors
         if z0 is None:
             z0 = initial_state(self.cell, x, function, tensors)
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if torch.is_grad_enabled() and not self._checked:
             self._check_no_hidden_tensors(function, z0, tensors)
         index = None if self.sample_index is None else self.sample_index(x)
-        equilibrium = Equilibrium(function, index, self.options, self._log, differentiated=tracked)
+        equilibrium = Equilibrium(
+            function, index, self.options, self._log, differentiated=tracked, solves=self.expected_solves
+        )
         return FixedPointFunction.apply(equilibrium, z0, *tensors)
 
     def _check_no_hidden_tensors(self, function: Any, z0: Tensor, tensors: list[Tensor]) -> None:
@@ -133,11 +159,9 @@ def solve_fixed_point(
     ConvergenceError
         Names the samples that did not converge; its ``record`` is the `Solution` found.
     """
-    tensors, function = pure_function(cell, x)
+    function = CellFunction(cell, x)
     if z0 is None:
-        z0 = initial_state(cell, x, function, tensors)
+        z0 = initial_state(cell, x, function, function.tensors)
     samples = Samples.of(z0, None if sample_index is None else sample_index(x))
-    solver = ForwardSolver(
-        bind(function, tensors), samples, Options(petsc_prefix, {**DEFAULTS, **(options or {})}), Work()
-    )
-    return solver.solve(z0.detach())
+    solver = ForwardSolver(function.bind(function.tensors), samples, Options(petsc_prefix, options), Work())
+    return solver.checked(solver.solve(z0.detach()))

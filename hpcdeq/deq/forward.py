@@ -2,99 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from hpcdeq.deq.arguments import StateFunction
+from hpcdeq.deq.batch import NANORINF, Batch
+from hpcdeq.deq.history import History
 from hpcdeq.deq.jacobian import Linearisation
+from hpcdeq.deq.resolvent import ResolventMatrix
+from hpcdeq.deq.samples import SampleMap, Samples
+from hpcdeq.deq.solution import Solution, explain
 from hpcdeq.deq.work import Work
-from hpcdeq.errors import ConvergenceError, ShapeError
+from hpcdeq.errors import ConvergenceError, OptionError
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.operators import ProductMatrix
 from hpcdeq.petsc.options import Options
-from hpcdeq.petsc.solves import SolveRecord, run_snes
+from hpcdeq.petsc.python_types import SHORT_NAMES
+from hpcdeq.petsc.solves import SolveRecord, run_snes, type_name
 from hpcdeq.petsc.vectors import copy_from_vector, copy_to_vector, shaped_read
 
 # (relative, absolute) tolerances of a sample's residual, and the relative one of the derivative systems, by precision.
 # Every option of PETSc's stays in reach: -deq_snes_rtol, -deq_snes_atol, -deq_ksp_rtol.
 TOLERANCES = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-5, 1e-6)}
 MAX_ITERATIONS = 500
-# PETSc's window is 30. Ten costs about a tenth more iterations on small cells and a third of the memory.
-DEFAULTS = {"snes_anderson_m": 10}
+DEFAULT_TYPE = "batched_anderson"
+# What goes on with the samples that the first solver gave up, in this order.
+FALLBACK = "ngmres,newtonls"
 # A solver's last residual and the one computed afresh differ by rounding; more than this factor means a wrong answer.
 SLACK = 10.0
+
+_log = logging.getLogger(__name__)
 
 PETSC_ERR_FP = 72
 PETSC_ERR_LIB = 76
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Which rows of a state belong to which sample.
-
-    Attributes
-    ----------
-    count
-        Number of samples B.
-    index
-        ``(rows,)`` sample of each leading row of the state; None: each row is a sample (or, in a state of at most one
-        dimension, all of it is one).
-    """
-
-    count: int
-    index: Tensor | None = None
-
-    @staticmethod
-    def of(z: Tensor, index: Tensor | None) -> Samples:
-        """Return the samples of a state. Not collective."""
-        if index is not None:
-            if index.shape != z.shape[:1]:
-                raise ShapeError(f"sample_index has shape {tuple(index.shape)}, the state {z.shape[0]} rows")
-            return Samples(int(index.max()) + 1 if index.numel() else 0, index)
-        return Samples(z.shape[0] if z.dim() > 1 else 1)
-
-    def norms(self, z: Tensor) -> Tensor:
-        """Return the 2-norm of each sample, ``(B,)`` in float64. Not collective."""
-        if z.dim() > 1:
-            rows = z.flatten(1)
-        else:
-            rows = z.reshape(1, -1) if self.index is None else z[:, None]
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        if self.index is None:
-            return norms
-        squares = norms.square_()
-        return torch.zeros(self.count, dtype=torch.float64, device=z.device).index_add_(0, self.index, squares).sqrt_()
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A fixed point and how it was found.
-
-    Attributes
-    ----------
-    value
-        z, in the shape of the state.
-    reason
-        PETSc's name of the reason why the solver stopped.
-    iterations
-        ``(B,)`` iterations after which each sample had converged for good.
-    residual
-        ``(B,)`` true residual norms ‖f(z_i) - z_i‖, computed afresh at ``value``.
-    evaluations
-        Evaluations of the cell on the whole batch.
-    record
-        PETSc's record of the solve.
-    """
+@dataclass
+class _Attempt:
+    """What one solver made of a batch: norms and iterations ``(B,)``."""
 
     value: Tensor
-    reason: str
-    iterations: Tensor
-    residual: Tensor
-    evaluations: int
     record: SolveRecord
+    since: Tensor
+    known: tuple[Tensor, Tensor] | None  # true residual and size at the value, where the solver knows them
+    history: list[tuple[float, float, float]] = field(default_factory=list)
 
 
 class ForwardSolver:
@@ -103,7 +58,7 @@ class ForwardSolver:
     Parameters
     ----------
     function
-        ``function(z) -> f(z)``, all other arguments bound.
+        ``function(z) -> f(z)``, all other arguments bound; see `SampleMap`.
     samples
         Which rows belong together.
     options
@@ -112,15 +67,16 @@ class ForwardSolver:
         Counters to add to.
     """
 
-    def __init__(self, function: StateFunction, samples: Samples, options: Options, work: Work) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], samples: Samples, options: Options, work: Work) -> None:
         self.function = function
         self.samples = samples
         self.options = options
         self.work = work
-        self.evaluations = 0
+        self.retain = False
+        self.history: History | None = None
 
     def solve(self, z0: Tensor, evaluate_last: Callable[[Tensor], Tensor] | None = None) -> Solution:
-        """Return the fixed point found from z0.
+        """Return the fixed point found from z0, whether or not all samples have converged.
 
         Not collective (the solver lives on this rank alone).
 
@@ -130,64 +86,89 @@ class ForwardSolver:
             Initial guess.
         evaluate_last
             The evaluation of f at the answer that its true residual is computed from; a caller that differentiates
-            keeps this evaluation's graph. None: a plain evaluation.
-
-        Raises
-        ------
-        ConvergenceError
-            Names the samples that did not converge; its ``record`` is the Solution found.
+            keeps this evaluation's graph. None: a plain evaluation, where the solver does not know the true residual.
         """
         if z0.numel() == 0:
             nothing = SolveRecord("SNES", "none", self.options.prefix, "CONVERGED_FNORM_ABS", True, 0, 0.0)
             empty = torch.zeros(self.samples.count, dtype=torch.float64)
-            return Solution(z0.detach().clone(), nothing.reason, empty.to(torch.int64), empty, 0, nothing)
-        self.like = z0
-        self.since = torch.full((self.samples.count,), -1, dtype=torch.int64, device=z0.device)
+            whole = empty.to(torch.int64)
+            return Solution(z0.detach().clone(), nothing.reason, whole, empty, empty == 0, 0.0, nothing)
+        self.began = time.perf_counter()
+        self.evaluated = 0
+        attempt = self._attempt(self.function, self.samples, z0, None)
+        solution = self._judge(attempt, evaluate_last)
+        for kind in self.fallback:
+            if bool(solution.converged.all()):
+                break
+            solution = self._go_on(solution, z0, kind, evaluate_last)
+        self._count(solution)
+        return solution
+
+    def checked(self, solution: Solution) -> Solution:
+        """Return a solution that has converged.
+
+        Not collective.
+
+        Raises
+        ------
+        ConvergenceError
+            Names the samples that did not converge; its ``record`` is the solution.
+        """
+        if not solution.record.converged or not bool(solution.converged.all()):
+            raise ConvergenceError(explain(solution), record=solution)
+        return solution
+
+    # ----------------------------------------------------------------------------------------------- one solver
+
+    def _attempt(
+        self, function: Callable[[Tensor], Tensor], samples: Samples, z0: Tensor, kind: str | None
+    ) -> _Attempt:
+        run = _Run(SampleMap(function, samples, self.work), z0, self.began, self.evaluated, self.samples.count)
         rtol, atol = TOLERANCES.get(z0.dtype, TOLERANCES[torch.float32])
         vector = PETSc.Vec().createSeq(z0.numel(), comm=PETSc.COMM_SELF)
+        residual = vector.duplicate()
         snes = PETSc.SNES().create(comm=PETSc.COMM_SELF)
-        jacobian = self._jacobian_matrix(z0)
+        jacobian: PETSc.Mat | None = None
         try:
             copy_to_vector(z0, vector)
             snes.setOptionsPrefix(self.options.prefix)
-            snes.setType(PETSc.SNES.Type.ANDERSON)
-            snes.setFunction(self._residual, vector.duplicate())
-            snes.setJacobian(self._update_jacobian, jacobian)
+            _set_type(snes, DEFAULT_TYPE)
+            snes.appctx = Batch(run.map, z0, retain=self.retain and kind is None)
+            snes.setFunction(run.residual, residual)
             snes.setTolerances(rtol=rtol, atol=atol, stol=0.0, max_it=MAX_ITERATIONS)
             # Newton's inner solves need few digits; what is typed as -deq_ksp_rtol replaces this one too.
             snes.getKSP().setTolerances(rtol=1e-4)
             snes.getKSP().getPC().setType(PETSc.PC.Type.NONE)
             with self.options.inserted():
                 snes.setFromOptions()
-                snes.setConvergenceTest(self._converged)
+                if kind is None:
+                    chain = PETSc.Options(self.options.prefix).getString("snes_fallback", FALLBACK)
+                    self.fallback = [] if chain in ("none", "") else chain.split(",")
+                else:
+                    _set_type(snes, kind)
+                if snes.getType() != PETSc.SNES.Type.PYTHON:
+                    snes.setConvergenceTest(run.converged)
+                    jacobian = run.jacobian_matrix()
+                    snes.setJacobian(run.update_jacobian, jacobian)
                 record = self._run(snes, vector)
             self.rtol, self.atol = snes.getTolerances()[:2]
-            z = copy_from_vector(vector, z0)
+            value = copy_from_vector(vector, z0)
+            per_sample, self.history = snes.appctx.iteration, snes.appctx.history
         finally:
+            snes.appctx = None
             snes.destroy()
-            jacobian.destroy()
-            vector.destroy()
-        if evaluate_last is None:
-            with torch.no_grad():
-                last = self.function(z)
-        else:
-            last = evaluate_last(z)
-        self.evaluations += 1
-        residual = self.samples.norms(last - z)
-        within = residual <= SLACK * (self.rtol * self.samples.norms(last) + self.atol)
-        iterations = torch.where(self.since >= 0, self.since, record.iterations)
-        solution = Solution(z, record.reason, iterations.cpu(), residual.cpu(), self.evaluations, record)
-        self._count(iterations, int((~within).sum()))
-        if not record.converged or not bool(within.all()):
-            raise ConvergenceError(self._explain(solution, within.cpu()), record=solution)
-        return solution
-
-    def _count(self, iterations: Tensor, unconverged: int) -> None:
-        self.work.cell_evaluations += self.evaluations * self.samples.count
-        self.work.solves += self.samples.count
-        self.work.iterations_sum += int(iterations.sum())
-        self.work.iterations_max = max(self.work.iterations_max, int(iterations.max()))
-        self.work.unconverged += unconverged
+            for thing in (jacobian, residual, vector):
+                if thing is not None:
+                    thing.destroy()
+        self.evaluated += run.map.evaluated
+        if per_sample is None:
+            return _Attempt(value, record, run.since, None, run.history)
+        outcome = per_sample.outcome
+        history = [
+            (run.mean_evaluations(evaluated), seconds + run.offset, float((norm / size).max()))
+            for evaluated, seconds, norm, size in outcome.trail
+        ]
+        return _Attempt(value, record, outcome.since, (outcome.residual, outcome.size), history)
 
     def _run(self, snes: PETSc.SNES, vector: PETSc.Vec) -> SolveRecord:
         try:
@@ -196,98 +177,159 @@ class ForwardSolver:
             # Some types (ngmres) raise on NaN where the others end with a reason.
             if error.ierr not in (PETSC_ERR_FP, PETSC_ERR_LIB):
                 raise
-            iterations = snes.getIterationNumber()
-            return SolveRecord(
-                "SNES",
-                snes.getType(),
-                self.options.prefix,
-                "DIVERGED_FUNCTION_NANORINF",
-                False,
-                iterations,
-                float("nan"),
-            )
+            its, nan = snes.getIterationNumber(), float("nan")
+            return SolveRecord("SNES", type_name(snes), self.options.prefix, NANORINF, False, its, nan)
 
-    def _residual(self, snes: PETSc.SNES, x: PETSc.Vec, residual: PETSc.Vec) -> None:
-        with torch.no_grad(), shaped_read(x, self.like) as z:
-            image = self.function(z)
-            if image.shape != z.shape:
-                raise ShapeError(f"the cell maps a state of shape {tuple(z.shape)} to shape {tuple(image.shape)}")
-            self.evaluations += 1
-            copy_to_vector(z - image, residual)
+    # ------------------------------------------------------------------------------------------------- judgement
 
-    def _converged(self, snes: PETSc.SNES, iteration: int, norms: tuple[float, float, float]) -> int:
-        reasons = PETSc.SNES.ConvergedReason
+    def _judge(self, attempt: _Attempt, evaluate_last: Callable[[Tensor], Tensor] | None) -> Solution:
+        z, record = attempt.value, attempt.record
+        if evaluate_last is None and attempt.known is not None:
+            residual, size = attempt.known
+        else:
+            if evaluate_last is None:
+                with torch.no_grad():
+                    last = self.function(z)
+            else:
+                last = evaluate_last(z)
+            self.evaluated += self.samples.count
+            residual, size = self.samples.norms(last - z), self.samples.norms(last)
+        within = residual <= SLACK * (self.rtol * size + self.atol)
+        if attempt.known is not None:
+            within &= attempt.since >= 0
+        iterations = torch.where(attempt.since >= 0, attempt.since, record.iterations)
+        line = (
+            f"{record.solver}: {record.reason} after {record.iterations} iterations,"
+            f" {int(within.sum())} of {self.samples.count} samples converged"
+        )
+        evaluations = self.evaluated / self.samples.count
+        return Solution(
+            z,
+            record.reason,
+            iterations.cpu(),
+            residual.cpu(),
+            within.cpu(),
+            evaluations,
+            record,
+            attempt.history,
+            [line],
+        )
+
+    def _go_on(
+        self, first: Solution, z0: Tensor, kind: str, evaluate_last: Callable[[Tensor], Tensor] | None
+    ) -> Solution:
+        """Try another solver on the samples that have not converged, where the cell can be told of them alone."""
+        bad = (~first.converged).to(z0.device)
+        with torch.no_grad():
+            image = self.function(z0)
+        self.evaluated += self.samples.count
+        bad &= self.samples.norms(image).isfinite()  # a cell that says NaN at once says it to everyone
+        chosen = bad.nonzero().squeeze(1)
+        if not len(chosen):
+            return first
+        rows, samples = self.samples.rows_of(chosen)
+        function, start = self.function, z0
+        if z0.dim() > 1 or self.samples.index is not None:
+            fewer = SampleMap(self.function, self.samples)
+            if fewer.restrict(chosen, rows, samples, z0.index_select(0, rows), image.index_select(0, rows)):
+                function, start = fewer.function, z0.index_select(0, rows)
+        if start is z0:
+            rows, samples = torch.arange(len(z0), device=z0.device), self.samples
+        attempt = self._attempt(function, samples, start, kind)
+        value, since = first.value.clone(), first.iterations.to(z0.device)
+        if z0.dim() > 1 or self.samples.index is not None:
+            replaced = torch.zeros(len(z0), dtype=torch.bool, device=z0.device)
+            replaced[self.samples.rows_of(chosen)[0]] = True
+            value[replaced] = attempt.value[replaced[rows]]
+        else:
+            value = attempt.value
+        since[chosen] = attempt.since if len(attempt.since) == len(chosen) else attempt.since[chosen]
+        merged = replace(attempt, value=value, since=since, known=None, history=[*first.history, *attempt.history])
+        second = self._judge(merged, evaluate_last)
+        done = int(second.converged.sum()) - int(first.converged.sum())
+        attempts = [*first.attempts, f"{attempt.record.solver} on the other {len(chosen)}: {done} of them converged"]
+        _log.warning("fixed points: %s", "; then ".join(attempts[-2:]))
+        if bool(second.converged.all()):
+            return replace(second, attempts=attempts)
+        return replace(second, reason=first.reason, record=first.record, attempts=attempts)
+
+    def _count(self, solution: Solution) -> None:
+        work = self.work
+        work.cell_evaluations += self.evaluated
+        work.solves += self.samples.count
+        work.iterations_sum += int(solution.iterations.sum())
+        work.iterations_max = max(work.iterations_max, int(solution.iterations.max()))
+        work.unconverged += int((~solution.converged).sum())
+
+
+class _Run:
+    """The callbacks of one SNES. Not collective, every method."""
+
+    def __init__(self, map: SampleMap, like: Tensor, began: float, before: int, count: int) -> None:
+        self.map = map
+        self.like = like
+        self.began = began
+        self.offset = time.perf_counter() - began
+        self.before = before
+        self.count = count
+        self.history: list[tuple[float, float, float]] = []
+        self.since = torch.full((map.samples.count,), -1, dtype=torch.int64, device=like.device)
+
+    def mean_evaluations(self, evaluated: int) -> float:
+        return (self.before + evaluated) / self.count
+
+    def residual(self, snes: PETSc.SNES, x: PETSc.Vec, residual: PETSc.Vec) -> None:
+        with shaped_read(x, self.like) as z:
+            copy_to_vector(z - self.map(z), residual)
+
+    def converged(self, snes: PETSc.SNES, iteration: int, norms: tuple[float, float, float]) -> int:
+        reasons, samples = PETSc.SNES.ConvergedReason, self.map.samples
         rtol, atol, _, _ = snes.getTolerances()
-        with torch.no_grad(), shaped_read(snes.getSolution(), self.like) as z:
-            with shaped_read(snes.getFunction()[0], self.like) as residual:
-                size = self.samples.norms(residual)
-                done = size <= rtol * self.samples.norms(z - residual) + atol
+        with shaped_read(snes.getSolution(), self.like) as z, shaped_read(snes.getFunction()[0], self.like) as residual:
+            norm, size = samples.norms(residual), samples.norms(z - residual)
+        done = norm <= rtol * size + atol
         self.since = torch.where(done, torch.where(self.since < 0, iteration, self.since), -1)
-        total = float(size.square().sum().sqrt())
+        self.history.append(
+            (self.mean_evaluations(self.map.evaluated), time.perf_counter() - self.began, float((norm / size).max()))
+        )
+        total = float(norm.square().sum().sqrt())
         if iteration == 0:
             self.first = total
         if done.all():
             return reasons.CONVERGED_FNORM_RELATIVE
         if total != total or total == float("inf"):
-            return getattr(reasons, "DIVERGED_FUNCTION_NANORINF", -4)
+            return getattr(reasons, NANORINF)
         if total > snes.getDivergenceTolerance() * self.first > 0:
             return reasons.DIVERGED_DTOL
         return reasons.CONVERGED_ITERATING
 
-    def _jacobian_matrix(self, z0: Tensor) -> PETSc.Mat:
-        n = z0.numel()
+    def jacobian_matrix(self) -> PETSc.Mat:
+        n = self.like.numel()
         matrix = PETSc.Mat().createPython(((n, n), (n, n)), comm=PETSc.COMM_SELF)
-        matrix.setPythonContext(ProductMatrix(_unset, _unset))
+        matrix.setPythonContext(ProductMatrix(_unset))
         matrix.setUp()
         return matrix
 
-    def _update_jacobian(self, snes: PETSc.SNES, x: PETSc.Vec, jacobian: PETSc.Mat, _: PETSc.Mat) -> None:
+    def update_jacobian(self, snes: PETSc.SNES, x: PETSc.Vec, jacobian: PETSc.Mat, _: PETSc.Mat) -> None:
         with shaped_read(x, self.like) as z:
-            at = Linearisation(self.function, z.clone(), ())
-        self.evaluations += 1
-        jacobian.setPythonContext(
-            ProductMatrix(
-                resolvent_product(at, self.work, self.samples.count, transpose=False),
-                resolvent_product(at, self.work, self.samples.count, transpose=True),
-            )
-        )
-
-    def _explain(self, solution: Solution, within: Tensor) -> str:
-        bad = (~within).nonzero().flatten().tolist() or list(range(self.samples.count))
-        worst = max(bad, key=lambda i: float(solution.residual[i].nan_to_num(float("inf"), float("inf"))))
-        record = solution.record
-        named = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
-        reason = record.reason if not record.converged else f"{record.reason}, but the residual says otherwise"
-        return (
-            f"fixed point of {len(bad)} of {self.samples.count} samples (sample {named}) not reached by {record.solver}: {reason}"
-            f" after {record.iterations} iterations, ||f(z) - z|| = {float(solution.residual[worst]):.3g} in sample {worst}.\n"
-            f"Likely fix: {record.remedy()}.\n"
-            f"History: add -{record.prefix}snes_monitor -{record.prefix}snes_converged_reason."
-        )
+            at = Linearisation(lambda state: self.map.function(state), z.clone(), ())
+        self.map.evaluated += self.map.samples.count
+        jacobian.setPythonContext(ResolventMatrix(at, self.map.samples, self.map.work))
 
 
 def _unset(x: PETSc.Vec, y: PETSc.Vec) -> None:
     raise RuntimeError("the Jacobian is used before it is computed")
 
 
-def resolvent_product(
-    at: Linearisation, work: Work, count: int, *, transpose: bool
-) -> Callable[[PETSc.Vec, PETSc.Vec], None]:
-    """Return the product y = (I - J) x, or with its transpose, on PETSc vectors. Not collective."""
-
-    def product(x: PETSc.Vec, y: PETSc.Vec) -> None:
-        with shaped_read(x, at.z) as v:
-            if transpose:
-                work.cell_vjps += count
-                copy_to_vector(v - at.vjp(v), y)
-            else:
-                work.cell_jvps += count
-                copy_to_vector(v - at.jvp(v), y)
-
-    return product
-
-
-def bind(function: StateFunction, tensors: Sequence[Tensor]) -> StateFunction:
-    """Return ``z -> function(z, *tensors)`` with the tensors detached. Not collective."""
-    fixed = [t.detach() for t in tensors]
-    return lambda z: function(z, *fixed)
+def _set_type(snes: PETSc.SNES, kind: str) -> None:
+    place = SHORT_NAMES["snes_type"].get(kind)
+    if place is not None:
+        snes.setType(PETSc.SNES.Type.PYTHON)
+        snes.setPythonType(place)
+        return
+    try:
+        snes.setType(kind)
+    except PETSc.Error as error:
+        raise OptionError(
+            f"-{snes.getOptionsPrefix()}snes_fallback names {kind!r}, which PETSc does not know"
+        ) from error

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hpcdeq.deq.arguments import StateFunction
 from hpcdeq.deq.equilibrium import Equilibrium
+from hpcdeq.deq.inexact import refuse_inexact
 from hpcdeq.errors import HpcdeqError
 
 
@@ -51,6 +52,8 @@ class FixedPointFunction(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         if cotangent is None or not any(wanted):
             return (None,) * (2 + len(tensors))
+        if torch.is_grad_enabled():
+            refuse_inexact(equilibrium.kind, "a second derivative")
         u = Resolvent.apply(equilibrium, True, cotangent, z, *tensors)
         equilibrium.log.work.cell_vjps += equilibrium.samples.count
         if not torch.is_grad_enabled():  # first derivatives only: the graph of the linearisation has them

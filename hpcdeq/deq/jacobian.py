@@ -41,6 +41,18 @@ class Linearisation:
         (product,) = torch.autograd.grad(self._output, self.z, u, retain_graph=True, allow_unused=True)
         return torch.zeros_like(self.z) if product is None else product
 
+    def vjps(self, basis: Tensor) -> Tensor:
+        """Return Jᵀ u for many u at once, ``(k, *z.shape)``. Not collective."""
+        if not self._output.requires_grad:
+            return torch.zeros_like(basis)
+        try:
+            (products,) = torch.autograd.grad(
+                self._output, self.z, basis, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        except RuntimeError:  # an operation that cannot be vectorised
+            return torch.stack([self.vjp(u) for u in basis])
+        return torch.zeros_like(basis) if products is None else products
+
     def jvp(self, v: Tensor) -> Tensor:
         """Return J v in the shape of z. Not collective."""
         if self._pulled is None:

@@ -79,6 +79,27 @@ class MessageCell(nn.Module):
         """Return the zero state ``(n, d)``."""
         return torch.zeros_like(injection.node)
 
+    def select(self, injection: Injection, keep: Tensor) -> Injection:
+        """Return the injection of some graphs, their atoms and edges in the order that they had."""
+        graph = injection.node_graph
+        place = graph.new_full((int(graph[-1]) + 1,), -1)
+        place[keep] = torch.arange(len(keep), device=keep.device)
+        new_graph = place.index_select(0, graph)
+        atoms = (new_graph >= 0).nonzero().squeeze(1)
+        new_atom = torch.full_like(graph, -1)
+        new_atom[atoms] = torch.arange(len(atoms), device=atoms.device)
+        target = new_atom.index_select(0, injection.target)
+        edges = (target >= 0).nonzero().squeeze(1)
+        return Injection(
+            injection.node.index_select(0, atoms),
+            injection.gate.index_select(0, edges),
+            new_atom.index_select(0, injection.source.index_select(0, edges)),
+            target.index_select(0, edges),
+            new_graph.index_select(0, atoms),
+            injection.own,
+            injection.message,
+        )
+
     def forward(self, z: Tensor, injection: Injection) -> Tensor:
         messages = (z @ injection.message.T).index_select(0, injection.source) * injection.gate
         received = injection.node.index_add(0, injection.target, messages)

@@ -40,6 +40,10 @@ class MlpCell(nn.Module):
         """Return the zero state ``(B, width)``."""
         return torch.zeros_like(given[1])
 
+    def select(self, given: tuple[Tensor, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is given for some samples."""
+        return given[0], given[1].index_select(0, keep)
+
     def forward(self, z: Tensor, given: tuple[Tensor, Tensor]) -> Tensor:
         weight, injection = given
         return torch.tanh(torch.addmm(injection, z, weight.T))

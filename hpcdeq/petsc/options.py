@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from hpcdeq.errors import OptionError
 from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.python_types import short_name, spelled_out
 from hpcdeq.petsc.vocabulary import check_options
 
 Value = str | int | float | bool | None
@@ -38,13 +40,27 @@ class Options:
                 f"a PETSc options prefix is letters and digits with an underscore last (deq_), not {prefix!r}"
             )
         self.prefix = prefix
-        self.given = {name.lstrip("-"): value for name, value in (given or {}).items()}
-        check_options([f"-{prefix}{name}" for name in self.given], [prefix])
+        named = {name.lstrip("-"): value for name, value in (given or {}).items()}
+        check_options([f"-{prefix}{name}" for name in named], [prefix])
+        self.given: dict[str, Any] = spelled_out(named)
+
+    def chosen(self, chooser: str) -> str | None:
+        """Return the type that ``snes_type``, ``ksp_type`` or ``pc_type`` names, None if nothing does. Not collective."""
+        database = PETSc.Options(self.prefix)
+        python = chooser.removesuffix("type") + "python_type"
+        kind = database.getString(chooser, "") or self.given.get(chooser)
+        if kind == "python":
+            return short_name(database.getString(python, "") or self.given.get(python))
+        return kind
 
     @contextlib.contextmanager
     def inserted(self) -> Iterator[None]:
         """Keep the options in PETSc's database inside a ``with`` block. Not collective."""
         database = PETSc.Options()
+        present = {name: value for name, value in database.getAll().items() if name.startswith(self.prefix)}
+        for name, value in spelled_out(present).items():
+            if present.get(name) != value:
+                database.setValue(name, value)
         added = [self.prefix + name for name in self.given if not database.hasName(self.prefix + name)]
         for name in added:
             database.setValue(name, as_text(self.given[name[len(self.prefix) :]]))

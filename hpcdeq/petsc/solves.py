@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.python_types import short_name
 
 # What usually helps, by PETSc's name of the reason. Names, not numbers: releases have renumbered and renamed reasons.
 _REMEDIES = {
@@ -76,6 +77,12 @@ def reason_name(reasons: type, code: int) -> str:
     return max(names, key=lambda name: (name.startswith(("CONVERGED_", "DIVERGED_")), len(name)), default=str(code))
 
 
+def type_name(solver: PETSc.SNES | PETSc.KSP) -> str:
+    """Return the type of a solver, of a python type its short name. Not collective."""
+    name = solver.getType()
+    return (short_name(solver.getPythonType()) or name) if name == "python" else name
+
+
 def run_snes(snes: PETSc.SNES, b: PETSc.Vec | None, x: PETSc.Vec) -> SolveRecord:
     """Solve and return the record; what a callback raised comes out as it was raised.
 
@@ -85,7 +92,7 @@ def run_snes(snes: PETSc.SNES, b: PETSc.Vec | None, x: PETSc.Vec) -> SolveRecord
     code = snes.getConvergedReason()
     return SolveRecord(
         "SNES",
-        snes.getType(),
+        type_name(snes),
         snes.getOptionsPrefix() or "",
         reason_name(PETSc.SNES.ConvergedReason, code),
         code > 0,
@@ -103,7 +110,7 @@ def run_ksp(ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec, *, transpose: bool = Fal
     code = ksp.getConvergedReason()
     return SolveRecord(
         "KSP",
-        ksp.getType(),
+        type_name(ksp),
         ksp.getOptionsPrefix() or "",
         # petsc4py knows this reason by two names, PETSc by one.
         reason_name(PETSc.KSP.ConvergedReason, code).replace("DIVERGED_MAX_IT", "DIVERGED_ITS"),

@@ -17,6 +17,7 @@ from pathlib import Path
 import petsc4py
 
 from hpcdeq.errors import OptionError
+from hpcdeq.petsc.python_types import OPTIONS
 
 
 @functools.cache
@@ -32,7 +33,7 @@ def vocabulary() -> frozenset[str]:
     for path in sorted(files):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             names.update(found.decode() for found in re.findall(rb"\x00(-[a-z][a-z0-9_]+)(?=\x00)", data))
-    return frozenset(names)
+    return frozenset(names) | OPTIONS if names else frozenset()
 
 
 def check_options(given: Iterable[str], prefixes: Iterable[str]) -> None:

@@ -1,0 +1,233 @@
+"""Anderson mixing with coefficients, norms and stop of its own for every sample, as a SNES type.
+
+With r = f(z) - z, and the last m differences Δr_j and Δf_j of residuals and images, a mixing step (type II; Anderson
+1965; Walker and Ni 2011, doi 10.1137/10078356X) goes to
+
+    z' = f(z) - Σ γ_j Δf_j - (1 - β) (r - Σ γ_j Δr_j),    γ = argmin ‖r - Σ γ_j Δr_j‖,
+
+and one of type I asks for Δz_jᵀ (r - Σ γ_j Δr_j) = 0 instead (Fang and Saad 2009, doi 10.1002/nla.617). Mixing every
+p-th iteration, plain iterations between (Pratapa, Suryanarayana and Pask 2016, doi 10.1016/j.jcp.2015.11.018), needs as
+many evaluations as mixing always, and a p-th of the passes over the history.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpcdeq.deq.batch import Batch, BatchIteration, BatchSolver, Limits
+from hpcdeq.deq.history import History
+from hpcdeq.deq.samples import SampleMap, Samples
+from hpcdeq.errors import OptionError
+from hpcdeq.petsc import PETSc
+
+# A sample whose residual grew by this factor over a plain iteration mixes at every iteration from then on.
+EXPANDING = 2.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be set, by options ``-deq_snes_anderson_...``.
+
+    Attributes
+    ----------
+    window
+        m (``_m``); 0 is the plain iteration z ← f(z).
+    mixing
+        β (``_beta``).
+    period
+        p (``_period``).
+    kind
+        2, or 1 (``_type``).
+    delay
+        Plain iterations before the first mixing (``_delay``).
+    restart
+        The history starts anew after so many mixing steps; 0: never (``_restart``).
+    growth
+        A sample whose residual exceeds its smallest by this factor forgets its history (``_growth``).
+    ridge
+        Added to the Gram matrix of the normalised differences; None: from the precision (``_ridge``).
+    """
+
+    window: int = 8
+    mixing: float = 1.0
+    period: int = 4
+    kind: int = 2
+    delay: int = 0
+    restart: int = 0
+    growth: float = 10.0
+    ridge: float | None = None
+
+    def history(self, like: Tensor, samples: Samples) -> History:
+        """Return an empty history for a state ``(rows, d)``. Not collective."""
+        return History(like, samples, self.window, self.kind, self.ridge)
+
+    @staticmethod
+    def read(options: PETSc.Options, kind: str = "snes", default: Settings | None = None) -> Settings:
+        """Return the settings in a database whose prefix is set.
+
+        Not collective.
+
+        Parameters
+        ----------
+        options
+            The database.
+        kind
+            ``snes``, or ``ksp`` for ``-deq_ksp_anderson_...``.
+        default
+            What holds where nothing is said.
+
+        Raises
+        ------
+        OptionError
+            A value without a meaning.
+        """
+        ours = default or Settings()
+        name = f"{kind}_anderson_"
+        ridge = options.getReal(name + "ridge", -1.0 if ours.ridge is None else ours.ridge)
+        settings = Settings(
+            options.getInt(name + "m", ours.window),
+            options.getReal(name + "beta", ours.mixing),
+            options.getInt(name + "period", ours.period),
+            options.getInt(name + "type", ours.kind),
+            options.getInt(name + "delay", ours.delay),
+            options.getInt(name + "restart", ours.restart),
+            options.getReal(name + "growth", ours.growth),
+            None if ridge < 0 else ridge,
+        )
+        wrong = {
+            "m": (settings.window < 0, "0 or more"),
+            "beta": (not settings.mixing > 0, "a number above 0"),
+            "period": (settings.period < 1, "1 or more"),
+            "type": (settings.kind not in (1, 2), "1 or 2"),
+            "delay": (settings.delay < 0, "0 or more"),
+            "restart": (settings.restart < 0, "0 or more"),
+            "growth": (not settings.growth > 1, "a number above 1"),
+        }
+        for what, (bad, fitting) in wrong.items():
+            if bad:
+                raise OptionError(f"-{options.prefix or ''}{name}{what}: give {fitting}")
+        return settings
+
+
+class AndersonIteration(BatchIteration):
+    """Anderson mixing of every sample on its own.
+
+    Not collective, every method.
+
+    Parameters
+    ----------
+    map, z0, limits
+        As in `BatchIteration`.
+    settings
+        How to mix.
+    kept
+        A history of the whole batch to begin with and to add to, for the use of others; None: the history is dropped with
+        the samples that leave.
+    """
+
+    def __init__(
+        self, map: SampleMap, z0: Tensor, limits: Limits, settings: Settings, kept: History | None = None
+    ) -> None:
+        super().__init__(map, z0, limits)
+        self.settings = settings
+        self._kept = kept
+        if kept is not None:
+            self.history: History | None = copy.copy(kept)  # sharing its columns until the batch is restricted
+        else:
+            self.history = settings.history(self.z, self.samples) if settings.window else None
+        self.expanding = torch.zeros(self.samples.count, dtype=torch.bool, device=z0.device)
+        self._any_expanding = False
+        self._plain = False  # whether z is the last image
+        self._before: tuple[Tensor, Tensor, Tensor] | None = None  # image, residual, norms
+        self._mixings = 0
+        self._since_mixing = settings.period if kept is not None and kept.filled else 0
+
+    def take_residual(self) -> Tensor:
+        """Return f(z) - z, and enter the differences from the last iteration into the history."""
+        history, before = self.history, self._before
+        if history is None or before is None:
+            return self.image - self.z
+        slot = history.slot()
+        self._since_mixing += 1
+        if self._plain and history.window > 1:
+            # z is the last image: the residual is the difference of the images.
+            residual = torch.sub(self.image, self.z, out=history.images[:, slot])
+        else:
+            residual = self.image - self.z
+            torch.sub(self.image, before[0], out=history.images[:, slot])
+        torch.sub(residual, before[1], out=history.residuals[:, slot])
+        return residual
+
+    def advance(self) -> Tensor:
+        """Return the next state."""
+        settings, history = self.settings, self.history
+        image, residual, norm = self.image, self.residual, self.norm
+        if history is None:
+            return image if settings.mixing == 1.0 else torch.lerp(self.z, image, settings.mixing)
+        if self._plain and settings.period > 1 and self._before is not None:
+            self.expanding |= norm > EXPANDING * self._before[2]
+            self._any_expanding = bool(self.expanding.any())
+        self._before = (image, residual, norm)
+        due = self._since_mixing >= settings.period or (settings.delay == self.iteration and self.iteration > 0)
+        mixing = history.filled > 0 and self.iteration >= settings.delay and (due or self._any_expanding)
+        self._plain = not mixing and settings.mixing == 1.0
+        if not mixing:
+            return image if self._plain else torch.lerp(self.z, image, settings.mixing)
+        grown = norm > settings.growth * self.best
+        if bool(grown.any()):
+            history.forget(grown)
+            self.best = torch.where(grown, norm, self.best)
+        coefficients = history.coefficients(residual)
+        if not due:
+            coefficients = coefficients * self.samples.spread(self.expanding)[:, None]
+        self._since_mixing = 0 if due else self._since_mixing
+        z = history.apply(image, residual, coefficients, settings.mixing)
+        self._mixings += 1
+        if settings.restart and self._mixings % settings.restart == 0:
+            history.clear()
+        return z
+
+    def keep(self, keep: Tensor, rows: Tensor, samples: Samples) -> None:
+        """Go on with some samples; arguments as in `SampleMap.restrict`."""
+        self.give_back()
+        super().keep(keep, rows, samples)
+        self.expanding = self.expanding.index_select(0, keep)
+        if self._before is not None:  # of which only the norms are still asked for
+            self._before = (*self._before[:2], self._before[2].index_select(0, keep))
+        if self.history is not None:
+            self.history.keep(keep, rows, samples)
+
+    def give_back(self) -> None:
+        """Enter the present history into the one that is kept for others."""
+        if self._kept is not None and self.history is not None:
+            nothing = self._names[:0]
+            self._kept.merge(self.history, *(self.at_work or (nothing, nothing)))
+
+
+class PerSampleAnderson(BatchSolver):
+    """Context of a SNES of python type: ``-snes_type batched_anderson``. See `BatchSolver`."""
+
+    settings = Settings()
+
+    def setFromOptions(self, snes: PETSc.SNES) -> None:  # noqa: N802 (petsc4py's name)
+        """Read ``-snes_anderson_...``. Not collective."""
+        self.settings = Settings.read(PETSc.Options(snes.getOptionsPrefix()))
+
+    def describe(self) -> str:
+        """Return the settings in a line. Not collective."""
+        return f"Anderson mixing, {self.settings}"
+
+    def start(self, batch: Batch, z0: Tensor, limits: Limits) -> BatchIteration:
+        """Return the iteration at its start. Not collective."""
+        if batch.retain and self.settings.window:
+            batch.history = self.settings.history(batch.map.samples.rows(z0), batch.map.samples)
+        return AndersonIteration(batch.map, z0, limits, self.settings, batch.history)
+
+    def finish(self, batch: Batch) -> None:
+        """Complete the history that is kept. Not collective."""
+        if isinstance(batch.iteration, AndersonIteration):
+            batch.iteration.give_back()

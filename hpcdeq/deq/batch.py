@@ -1,0 +1,321 @@
+"""Solvers that treat every sample of a batch on its own, as SNES types written in Python."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hpcdeq.deq.history import History
+from hpcdeq.deq.samples import SampleMap, Samples
+from hpcdeq.errors import HpcdeqError
+from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.vectors import copy_from_vector, copy_to_vector, read_view, shaped_read
+
+NANORINF = (
+    "DIVERGED_FUNCTION_NANORINF"
+    if hasattr(PETSc.SNES.ConvergedReason, "DIVERGED_FUNCTION_NANORINF")
+    else "DIVERGED_FNORM_NAN"
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a sample has converged, and when it has no hope.
+
+    Attributes
+    ----------
+    rtol, atol
+        ‖f(z) - z‖ ≤ rtol ‖f(z)‖ + atol.
+    iterations
+        Most iterations.
+    divergence
+        Growth of the residual over the first one; negative: any.
+    """
+
+    rtol: float
+    atol: float
+    iterations: int
+    divergence: float
+
+
+@dataclass
+class Outcome:
+    """What a per-sample solve found, by sample in the order of the batch.
+
+    Attributes
+    ----------
+    value
+        ``(rows, d)`` state: of each sample the first that satisfied the tolerance, else the last.
+    residual, size
+        ``(B,)`` norms of f(z) - z and of f(z) at ``value``, in float64.
+    since
+        ``(B,)`` iteration at which a sample converged, -1 if it did not.
+    trail
+        Per iteration: samples evaluated so far, seconds, norms of f(z) - z and of f(z) of the samples at work.
+    """
+
+    value: Tensor
+    residual: Tensor
+    size: Tensor
+    since: Tensor
+    trail: list[tuple[int, float, Tensor, Tensor]] = field(default_factory=list)
+
+
+class BatchIteration:
+    """Iterates until every sample has converged or has no hope; what has ended leaves the batch.
+
+    A subclass says how to go on, in `advance`, and keeps its own memory of the samples at work, in `keep`. Not
+    collective, every method.
+
+    Parameters
+    ----------
+    map
+        The cell.
+    z0
+        Initial state.
+    limits
+        When to stop.
+
+    Attributes
+    ----------
+    z, image, residual
+        ``(rows, d)`` of the samples at work.
+    norm, best, first
+        ``(B,)`` norms of the present residual, of the smallest and of the first.
+    leave_at
+        Samples leave once this part of those at work has ended: each time what is kept of the others is copied.
+    """
+
+    leave_at = 1 / 8
+
+    def __init__(self, map: SampleMap, z0: Tensor, limits: Limits) -> None:
+        self.map = map
+        self.limits = limits
+        self.samples = map.samples
+        self.iteration = 0
+        self.shape = z0.shape
+        self.z = self.image = self.residual = self.samples.rows(z0)
+        count, device = self.samples.count, z0.device
+        unknown = torch.full((count,), float("inf"), dtype=torch.float64, device=device)
+        self.norm = self.best = self.first = unknown
+        self.outcome = Outcome(
+            self.z.clone(),
+            unknown.clone(),
+            unknown.clone(),
+            torch.full((count,), -1, dtype=torch.int64, device=device),
+        )
+        self._names = torch.arange(count, device=device)
+        self._rows: Tensor | None = None  # of the samples at work in the whole state; None: all of them
+        self._ended = torch.zeros(count, dtype=torch.bool, device=device)  # at work only because they cannot leave
+        self._finished = 0.0  # sum of squares of the residuals of samples that have left
+        self._failures: set[str] = set()
+
+    def advance(self) -> Tensor:
+        """Return the next state from the present one, its image and residual."""
+        raise NotImplementedError
+
+    def take_residual(self) -> Tensor:
+        """Return f(z) - z."""
+        return self.image - self.z
+
+    def sizes(self) -> Tensor:
+        """Return what the residual of each sample is compared with, ``(B,)``."""
+        return self.samples.norms(self.image)
+
+    def keep(self, keep: Tensor, rows: Tensor, samples: Samples) -> None:
+        """Go on with some samples; arguments as in `SampleMap.restrict`."""
+        self.z, self.image, self.residual = (t.index_select(0, rows) for t in (self.z, self.image, self.residual))
+        self.norm, self.best, self.first = (t.index_select(0, keep) for t in (self.norm, self.best, self.first))
+        self._names = self._names.index_select(0, keep)
+        self._rows = rows if self._rows is None else self._rows.index_select(0, rows)
+        self._ended = self._ended.index_select(0, keep)
+        self.samples = samples
+
+    def run(self, watch: Callable[[int, float], None]) -> str:
+        """Iterate to the end and return the name of PETSc's reason: of success only if all samples converged.
+
+        Parameters
+        ----------
+        watch
+            Told the iteration and the norm of the whole residual.
+        """
+        began = time.perf_counter()
+        limits = self.limits
+        while True:
+            self.image = self.samples.rows(self.map(self.shaped(self.z)))
+            self.residual = self.take_residual()
+            self.norm, size = self.samples.norms(self.residual), self.sizes()
+            if self.iteration == 0:
+                self.best = self.first = self.norm
+            self.outcome.trail.append((self.map.evaluated, time.perf_counter() - began, self.norm, size))
+            converged = self.norm <= limits.rtol * size + limits.atol
+            hopeful = self.norm <= limits.divergence * self.first if limits.divergence > 0 else self.norm.isfinite()
+            last = self.iteration >= limits.iterations
+            over = converged | ~hopeful | last | self._ended
+            ended = int(over.sum())
+            watch(self.iteration, (self._finished + float(self.norm.square().sum())) ** 0.5)
+            if ended:
+                everyone = ended == self.samples.count
+                if everyone or ended - int(self._ended.sum()) >= max(1.0, self.leave_at * self.samples.count):
+                    self._settle(over & ~self._ended, converged, size)
+                    if everyone:
+                        return self._reason()
+                    self._leave(over)
+            self.best = torch.minimum(self.best, self.norm)
+            self.z = self.advance()
+            self.iteration += 1
+
+    @property
+    def at_work(self) -> tuple[Tensor, Tensor] | None:
+        """Samples and rows at work, by their numbers in the whole batch; None: all of them."""
+        return None if self._rows is None else (self._names, self._rows)
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """Return rows of the samples at work in the shape of a state."""
+        return rows.reshape(-1, *self.shape[1:]) if len(self.shape) > 1 else rows.reshape(-1)
+
+    def value(self) -> Tensor:
+        """Return the state of all samples as it is now, ``(rows, d)``."""
+        value = self.outcome.value.clone()
+        at_work = ~self.samples.spread(self._ended)
+        rows = torch.arange(len(value), device=value.device) if self._rows is None else self._rows
+        value[rows[at_work]] = self.z[at_work]
+        return value
+
+    def _settle(self, over: Tensor, converged: Tensor, size: Tensor) -> None:
+        gone = over.nonzero().squeeze(1)
+        rows, _ = self.samples.rows_of(gone)
+        self.outcome.value[rows if self._rows is None else self._rows.index_select(0, rows)] = self.z.index_select(
+            0, rows
+        )
+        names, norm = self._names.index_select(0, gone), self.norm.index_select(0, gone)
+        self.outcome.residual[names] = norm
+        self.outcome.size[names] = size.index_select(0, gone)
+        good = converged.index_select(0, gone)
+        self.outcome.since[names[good]] = self.iteration
+        bad = norm[~good]
+        if len(bad):
+            if not bool(bad.isfinite().all()):
+                self._failures.add(NANORINF)
+            if bool(bad.isfinite().any()):
+                self._failures.add("DIVERGED_MAX_IT" if self.iteration >= self.limits.iterations else "DIVERGED_DTOL")
+
+    def _leave(self, over: Tensor) -> None:
+        keep = (~over).nonzero().squeeze(1)
+        rows, samples = self.samples.rows_of(keep)
+        z, image = (self.shaped(t.index_select(0, rows)) for t in (self.z, self.image))
+        if self.map.restrict(keep, rows, samples, z, image):
+            self._finished += float(self.norm[over].square().nan_to_num(0.0, 0.0, 0.0).sum())
+            self.keep(keep, rows, samples)
+        else:
+            self._ended = over
+
+    def _reason(self) -> str:
+        for name in (NANORINF, "DIVERGED_DTOL", "DIVERGED_MAX_IT"):
+            if name in self._failures:
+                return name
+        return "CONVERGED_FNORM_RELATIVE"
+
+
+class Batch:
+    """What a per-sample solver is told through the application context of its SNES.
+
+    Parameters
+    ----------
+    map
+        The cell.
+    like
+        A tensor of the state's shape, precision and device.
+    retain
+        Whether what the solver learns of the Jacobian is kept for the whole batch.
+
+    Attributes
+    ----------
+    iteration
+        The iteration, after the solve.
+    history
+        Differences of residuals and images near the fixed point, where they were to be retained and there are any.
+    """
+
+    def __init__(self, map: SampleMap, like: Tensor, *, retain: bool = False) -> None:
+        self.map = map
+        self.like = like
+        self.retain = retain
+        self.iteration: BatchIteration | None = None
+        self.history: History | None = None
+
+
+class BatchSolver:
+    """Context of a SNES of python type that treats every sample on its own.
+
+    The SNES's application context is a `Batch`. Without one, its vector (on one process) is one sample, and f(z) is z
+    minus the SNES's function. Tolerances are judged sample by sample, see `Limits`; PETSc's monitors are told the norm of
+    the whole residual. Not collective, every method.
+    """
+
+    def start(self, batch: Batch, z0: Tensor, limits: Limits) -> BatchIteration:
+        """Return the iteration at its start."""
+        raise NotImplementedError
+
+    def finish(self, batch: Batch) -> None:
+        """Do what is left to do after the last iteration."""
+
+    def describe(self) -> str:
+        """Return method and settings in a line."""
+        raise NotImplementedError
+
+    def view(self, snes: PETSc.SNES, viewer: PETSc.Viewer) -> None:
+        """Print the settings, for ``-snes_view``."""
+        viewer.printfASCII(f"  per sample: {self.describe()}\n")
+
+    def solve(self, snes: PETSc.SNES, b: PETSc.Vec | None, x: PETSc.Vec) -> None:
+        """Solve from the state in x, and leave the answer there."""
+        batch = snes.appctx if isinstance(snes.appctx, Batch) else _whole_vector(snes, b, x)
+        rtol, atol, _, most = snes.getTolerances()
+        with shaped_read(x, batch.like) as start:
+            z0 = start.clone()
+        prefix = snes.getOptionsPrefix() or ""
+        watched = bool(snes.getMonitor()) or any(
+            name.startswith(prefix + "snes_monitor") for name in PETSc.Options().getAll()
+        )
+        with torch.no_grad():
+            iteration = self.start(batch, z0, Limits(rtol, atol, most, snes.getDivergenceTolerance()))
+            batch.iteration = iteration
+
+            def watch(number: int, norm: float) -> None:
+                snes.setIterationNumber(number)
+                snes.setFunctionNorm(norm)
+                snes.logConvergenceHistory(norm, 0)
+                if watched:
+                    copy_to_vector(iteration.value(), x)
+                    snes.monitor(number, norm)
+
+            reason = iteration.run(watch)
+            self.finish(batch)
+            copy_to_vector(iteration.outcome.value, x)
+        snes.setConvergedReason(getattr(PETSc.SNES.ConvergedReason, reason))
+
+
+def _whole_vector(snes: PETSc.SNES, b: PETSc.Vec | None, x: PETSc.Vec) -> Batch:
+    """Return the batch of one sample that any other SNES is."""
+    if x.getComm().getSize() > 1:
+        raise HpcdeqError(
+            f"-{snes.getOptionsPrefix() or ''}snes_type {snes.getPythonType()}: a per-sample solver works on one process;"
+            " choose one of PETSc's own types here"
+        )
+    with read_view(x) as values:
+        like = torch.empty_like(values)
+    state, residual = x.duplicate(), x.duplicate()
+
+    def function(z: Tensor) -> Tensor:
+        copy_to_vector(z, state)
+        snes.computeFunction(state, residual)
+        if b is not None:
+            residual.axpy(-1.0, b)
+        return z - copy_from_vector(residual, like)
+
+    return Batch(SampleMap(function, Samples(1)), like)

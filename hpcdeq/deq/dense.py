@@ -1,0 +1,77 @@
+"""Direct solves where a sample's state is small: batched LU factors of I - J, as a PETSc preconditioner."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpcdeq.deq.resolvent import ResolventMatrix
+from hpcdeq.errors import OptionError
+from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.vectors import copy_to_vector, shaped_read
+
+
+class Factors:
+    """LU factors of square blocks.
+
+    Not collective, every method.
+
+    Parameters
+    ----------
+    blocks
+        ``(B, d, d)``; overwritten.
+
+    Attributes
+    ----------
+    singular
+        ``(B,)`` blocks that have no inverse in this precision.
+    """
+
+    def __init__(self, blocks: Tensor) -> None:
+        self._lu, self._pivots, info = torch.linalg.lu_factor_ex(blocks)
+        self.singular = (info != 0) | ~torch.isfinite(self._lu.diagonal(dim1=1, dim2=2)).all(dim=1)
+
+    def keep(self, keep: Tensor) -> None:
+        """Go on with some of the blocks."""
+        self._lu, self._pivots = self._lu.index_select(0, keep), self._pivots.index_select(0, keep)
+
+    def solve(self, right: Tensor, *, transpose: bool) -> Tensor:
+        """Return A⁻¹ b, or A⁻ᵀ b, for ``(B, d)`` right-hand sides."""
+        if transpose:
+            return torch.linalg.lu_solve(self._lu, self._pivots, right[:, :, None], adjoint=True)[:, :, 0]
+        return torch.linalg.lu_solve(self._lu, self._pivots, right[:, :, None])[:, :, 0]
+
+
+class BatchedLU:
+    """Context of a PC of python type: ``-pc_type batched_lu``. Not collective, every method.
+
+    The matrix that the preconditioner is built from has to be a `ResolventMatrix` of samples of one row each.
+    """
+
+    factors: Factors | None = None
+    _like: Tensor | None = None
+
+    def setUp(self, pc: PETSc.PC) -> None:  # noqa: N802 (petsc4py's name)
+        """Assemble and factor the blocks. PETSc calls it where the matrix has changed, less often if it lags."""
+        context = pc.getOperators()[1].getPythonContext()
+        if not isinstance(context, ResolventMatrix) or context.samples.index is not None:
+            raise OptionError(
+                f"-{pc.getOptionsPrefix() or ''}pc_type batched_lu needs a state with one row a sample: samples of several"
+                " rows, such as graphs, have no dense blocks of one size; use -ksp_type batched_anderson or gmres"
+            )
+        self._like = context.at.z
+        self.factors = Factors(context.dense())
+
+    def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        """Set y = A⁻¹ x."""
+        self._solve(x, y, transpose=False)
+
+    def applyTranspose(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:  # noqa: N802 (petsc4py's name)
+        """Set y = A⁻ᵀ x."""
+        self._solve(x, y, transpose=True)
+
+    def _solve(self, x: PETSc.Vec, y: PETSc.Vec, *, transpose: bool) -> None:
+        assert self.factors is not None and self._like is not None
+        with shaped_read(x, self._like) as right:
+            rows = right.flatten(1) if right.dim() > 1 else right.reshape(1, -1)
+            copy_to_vector(self.factors.solve(rows, transpose=transpose), y)

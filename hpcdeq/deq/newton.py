@@ -1,0 +1,90 @@
+"""Newton's method with dense Jacobians of its own for every sample, as a SNES type: for small states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpcdeq.deq.batch import Batch, BatchIteration, BatchSolver, Limits
+from hpcdeq.deq.dense import Factors
+from hpcdeq.deq.jacobian import Linearisation
+from hpcdeq.deq.resolvent import ResolventMatrix
+from hpcdeq.deq.samples import SampleMap, Samples
+from hpcdeq.errors import OptionError
+from hpcdeq.petsc import PETSc
+
+HALVINGS = 10
+
+
+class NewtonIteration(BatchIteration):
+    """Newton steps (I - J) s = r with a step length of its own for every sample. Not collective, every method.
+
+    Where a step does not decrease ‖r‖ enough, the sample goes back and takes half of it. The factors serve `lag`
+    iterations (lag > 1: the chord method).
+    """
+
+    def __init__(self, map: SampleMap, z0: Tensor, limits: Limits, lag: int) -> None:
+        super().__init__(map, z0, limits)
+        if self.samples.index is not None:
+            raise OptionError("-snes_type batched_newton needs a state with one row a sample: use newtonls")
+        self.lag = lag
+        self._factors: Factors | None = None
+        self._age = 0
+        self._step = torch.zeros_like(self.z)
+        self._from = self.z
+        self._length = torch.zeros_like(self.norm)
+        self._merit = torch.full_like(self.norm, float("inf"))
+
+    def advance(self) -> Tensor:
+        """Return the next state."""
+        # A decrease in proportion to the step (Armijo's, for ‖r‖).
+        back = ~(self.norm <= (1 - 1e-4 * self._length) * self._merit) & (self._length > 2.0**-HALVINGS)
+        if bool(back.any()):
+            self._length = torch.where(back, self._length / 2, 0.0)
+            self._age = self.lag  # after a step that failed the Jacobian is made anew
+            waiting = back[:, None].to(self.z.dtype)
+            trial = self._from + self._length[:, None].to(self.z.dtype) * self._step
+            return waiting * trial + (1 - waiting) * self.z
+        if self._factors is None or self._age >= self.lag:
+            with torch.enable_grad():
+                at = Linearisation(lambda state: self.map.function(state), self.shaped(self.z), ())
+            self.map.evaluated += self.samples.count
+            self._factors = Factors(ResolventMatrix(at, self.samples, self.map.work).dense())
+            self._age = 0
+        self._age += 1
+        self._from, self._merit = self.z, self.norm
+        self._step = self._factors.solve(self.residual, transpose=False)
+        self._length = torch.ones_like(self.norm)
+        return self.z + self._step
+
+    def keep(self, keep: Tensor, rows: Tensor, samples: Samples) -> None:
+        """Go on with some samples; arguments as in `SampleMap.restrict`."""
+        super().keep(keep, rows, samples)
+        self._step, self._from = self._step.index_select(0, keep), self._from.index_select(0, keep)
+        self._length, self._merit = self._length.index_select(0, keep), self._merit.index_select(0, keep)
+        if self._factors is not None:
+            self._factors.keep(keep)
+
+
+class PerSampleNewton(BatchSolver):
+    """Context of a SNES of python type: ``-snes_type batched_newton``. See `BatchSolver`.
+
+    ``-snes_newton_lag`` iterations share a Jacobian (1: Newton's method).
+    """
+
+    lag = 1
+
+    def setFromOptions(self, snes: PETSc.SNES) -> None:  # noqa: N802 (petsc4py's name)
+        """Read the lag. Not collective."""
+        options = PETSc.Options(snes.getOptionsPrefix())
+        self.lag = options.getInt("snes_newton_lag", 1)
+        if self.lag < 1:
+            raise OptionError(f"-{options.prefix or ''}snes_newton_lag is {self.lag}: give 1 or more iterations")
+
+    def describe(self) -> str:
+        """Return the settings in a line. Not collective."""
+        return f"Newton's method, dense Jacobians that serve {self.lag} iterations"
+
+    def start(self, batch: Batch, z0: Tensor, limits: Limits) -> BatchIteration:
+        """Return the iteration at its start. Not collective."""
+        return NewtonIteration(batch.map, z0, limits, self.lag)
