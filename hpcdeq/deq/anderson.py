@@ -143,8 +143,15 @@ class AndersonIteration(BatchIteration):
         self._any_expanding = False
         self._plain = False  # whether z is the last image
         self._before: tuple[Tensor, Tensor, Tensor] | None = None  # image, residual, norms
+        self.image_answers = False
         self._mixings = 0
         self._since_mixing = settings.period if kept is not None and kept.filled else 0
+
+    def answer(self) -> Tensor:
+        """Return the images of converged samples where those are evaluated again: an iteration for nothing."""
+        if not self.image_answers:
+            return self.z
+        return torch.where(self.samples.spread(self.expanding)[:, None], self.z, self.image)
 
     def take_residual(self) -> Tensor:
         """Return f(z) - z, and enter the differences from the last iteration into the history."""
@@ -225,7 +232,9 @@ class PerSampleAnderson(BatchSolver):
         """Return the iteration at its start. Not collective."""
         if batch.retain and self.settings.window:
             batch.history = self.settings.history(batch.map.samples.rows(z0), batch.map.samples)
-        return AndersonIteration(batch.map, z0, limits, self.settings, batch.history)
+        iteration = AndersonIteration(batch.map, z0, limits, self.settings, batch.history)
+        iteration.image_answers = batch.evaluated_again
+        return iteration
 
     def finish(self, batch: Batch) -> None:
         """Complete the history that is kept. Not collective."""

@@ -122,6 +122,14 @@ class BatchIteration:
         """Return f(z) - z."""
         return self.image - self.z
 
+    def answer(self) -> Tensor:
+        """Return the states ``(rows, d)`` that stand for converged samples."""
+        return self.z
+
+    def worth_leaving(self, ended: int) -> bool:
+        """Say whether so many samples that have ended should leave now."""
+        return ended >= max(1.0, self.leave_at * self.samples.count)
+
     def sizes(self) -> Tensor:
         """Return what the residual of each sample is compared with, ``(B,)``."""
         return self.samples.norms(self.image)
@@ -160,7 +168,7 @@ class BatchIteration:
             watch(self.iteration, (self._finished + float(self.norm.square().sum())) ** 0.5)
             if ended:
                 everyone = ended == self.samples.count
-                if everyone or ended - int(self._ended.sum()) >= max(1.0, self.leave_at * self.samples.count):
+                if everyone or self.worth_leaving(ended - int(self._ended.sum())):
                     self._settle(over & ~self._ended, converged, size)
                     if everyone:
                         return self._reason()
@@ -189,9 +197,8 @@ class BatchIteration:
     def _settle(self, over: Tensor, converged: Tensor, size: Tensor) -> None:
         gone = over.nonzero().squeeze(1)
         rows, _ = self.samples.rows_of(gone)
-        self.outcome.value[rows if self._rows is None else self._rows.index_select(0, rows)] = self.z.index_select(
-            0, rows
-        )
+        value = torch.where(self.samples.spread(converged)[:, None], self.answer(), self.z).index_select(0, rows)
+        self.outcome.value[rows if self._rows is None else self._rows.index_select(0, rows)] = value
         names, norm = self._names.index_select(0, gone), self.norm.index_select(0, gone)
         self.outcome.residual[names] = norm
         self.outcome.size[names] = size.index_select(0, gone)
@@ -232,6 +239,8 @@ class Batch:
         A tensor of the state's shape, precision and device.
     retain
         Whether what the solver learns of the Jacobian is kept for the whole batch.
+    evaluated_again
+        Whether the caller evaluates the cell at the answer anyway, and judges its residual then.
 
     Attributes
     ----------
@@ -241,7 +250,8 @@ class Batch:
         Differences of residuals and images near the fixed point, where they were to be retained and there are any.
     """
 
-    def __init__(self, map: SampleMap, like: Tensor, *, retain: bool = False) -> None:
+    def __init__(self, map: SampleMap, like: Tensor, *, retain: bool = False, evaluated_again: bool = False) -> None:
+        self.evaluated_again = evaluated_again
         self.map = map
         self.like = like
         self.retain = retain

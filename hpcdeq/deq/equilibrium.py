@@ -13,6 +13,7 @@ from hpcdeq.deq.jacobian import Linearisation
 from hpcdeq.deq.linear import LinearSolution, LinearSolver
 from hpcdeq.deq.samples import Samples
 from hpcdeq.deq.solution import Solution
+from hpcdeq.deq.warm import Guesses
 from hpcdeq.deq.work import Work
 from hpcdeq.petsc.options import Options
 
@@ -27,6 +28,8 @@ class Log:
         In words: how the last tangent or adjoint system was solved, and why so.
     solves_before
         Tangent and adjoint solves at the fixed point that last had any.
+    tangent_state
+        The last tangent dz.
     """
 
     work: Work
@@ -35,6 +38,26 @@ class Log:
     tangent: LinearSolution | None = None
     method: str = ""
     solves_before: int = 1
+    tangent_state: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Help:
+    """What a caller may know about a fixed point beforehand.
+
+    Attributes
+    ----------
+    solves
+        How many tangent and adjoint solves are to be expected; None: as many as at the last fixed point.
+    guesses
+        Initial guesses from earlier solves.
+    loosened
+        Relative tolerances of forward and derivative solves that suffice, where they are above those of the options.
+    """
+
+    solves: int | None = None
+    guesses: Guesses | None = None
+    loosened: tuple[float, float] = (0.0, 0.0)
 
 
 class Equilibrium:
@@ -52,8 +75,8 @@ class Equilibrium:
         Where the outcome of each solve is kept.
     differentiated
         Whether a derivative will be asked for: the last evaluation of the forward solve then is the linearisation.
-    solves
-        How many tangent and adjoint solves are to be expected; None: as many as at the last fixed point.
+    help
+        What the caller knows beforehand.
     """
 
     def __init__(
@@ -64,14 +87,14 @@ class Equilibrium:
         log: Log,
         *,
         differentiated: bool,
-        solves: int | None = None,
+        help: Help | None = None,
     ) -> None:
         self.function = function
         self.sample_index = sample_index
         self.options = options
         self.log = log
         self.differentiated = differentiated
-        self._solves = solves
+        self.help = help or Help()
         self._at: Linearisation | None = None
         self._linear: LinearSolver | None = None
         self._done = 0
@@ -84,6 +107,9 @@ class Equilibrium:
     def solve(self, z0: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Return the fixed point. Not collective."""
         self.samples = Samples.of(z0, self.sample_index)
+        guesses = self.help.guesses
+        if guesses is not None:
+            z0, self._call = guesses.state(z0.detach(), self.samples)
         evaluate = None
         if self.differentiated:
 
@@ -93,12 +119,15 @@ class Equilibrium:
 
         solver = ForwardSolver(self.function.bind(tensors), self.samples, self.options, self.log.work)
         solver.retain = self.differentiated and (self.kind == "shine" or self.options.chosen("pc_type") == "secant")
+        solver.loosened = self.help.loosened[0]
         self.log.solution = None
         self.log.solution = solver.solve(z0.detach(), evaluate)
         solver.checked(self.log.solution)
         self._tensors = list(tensors)
         self._history = solver.history
         self._value = self.log.solution.value
+        if guesses is not None:
+            guesses.keep("state", self._call, self._value, self.samples)
         self._iterations = float(self.log.solution.iterations.double().mean()) if self.samples.count else 0.0
         return self._value.clone()
 
@@ -122,17 +151,26 @@ class Equilibrium:
         if self._linear is None:
             cell = self.function.bind(self._tensors)
             log = self.log
-            expected = log.solves_before if self._solves is None else self._solves
+            expected = log.solves_before if self.help.solves is None else self.help.solves
             iterations = self._iterations
             at = self.linearisation()
             self._linear = LinearSolver(
                 at, cell, self.samples, self.options, log.work, self._history, solves=expected, iterations=iterations
             )
+            self._linear.loosened = self.help.loosened[1]
         linear = self._linear
+        # Of the first adjoint alone there is one at every visit of a sample: the gradient's.
+        guesses = self.help.guesses if transpose and self.help.solves == 1 and not self._done else None
         self._done += 1
         self.log.solves_before = self._done
+        guess = None if guesses is None else guesses.adjoint(self._call, g, self.samples)
         try:
-            return linear.solve(g, transpose=transpose)
+            answer = linear.solve(g, transpose=transpose, guess=guess)
+            if guesses is not None:
+                guesses.keep("adjoint", self._call, answer, self.samples)
+            if not transpose:
+                self.log.tangent_state = answer
+            return answer
         finally:
             self.log.method = linear.method
             if transpose:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hpcdeq.deq.arguments import Cell, CellFunction, initial_state
-from hpcdeq.deq.equilibrium import Equilibrium, Log
+from hpcdeq.deq.equilibrium import Equilibrium, Help, Log
 from hpcdeq.deq.forward import ForwardSolver
 from hpcdeq.deq.implicit import FixedPointFunction
 from hpcdeq.deq.inexact import INEXACT
@@ -44,9 +45,8 @@ class FixedPoint(nn.Module):
 
     Attributes
     ----------
-    expected_solves
-        Tangent and adjoint solves that a caller will ask for at each fixed point, which decides whether factors pay; None:
-        as many as at the last one.
+    help
+        What a caller knows of the fixed points to come: initial guesses, how many derivatives, which accuracy.
 
     Raises
     ------
@@ -66,7 +66,7 @@ class FixedPoint(nn.Module):
         self.options = Options(petsc_prefix, options)
         self.sample_index = sample_index
         self._log = Log(Work())
-        self.expected_solves: int | None = None
+        self.help = Help()
         self._checked = False
         self._trusted: set[Any] = set()
 
@@ -97,6 +97,11 @@ class FixedPoint(nn.Module):
         return kind if kind in INEXACT else None
 
     @property
+    def tangent_state(self) -> Tensor | None:
+        """The last tangent dz, in the shape of the state."""
+        return self._log.tangent_state
+
+    @property
     def work(self) -> Work:
         """Counters of everything that this layer has computed."""
         return self._log.work
@@ -115,15 +120,14 @@ class FixedPoint(nn.Module):
         """
         function = CellFunction(self.cell, x, self._trusted)
         tensors = function.tensors
+        help = self.help if z0 is None else replace(self.help, guesses=None)
         if z0 is None:
             z0 = initial_state(self.cell, x, function, tensors)
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if torch.is_grad_enabled() and not self._checked:
             self._check_no_hidden_tensors(function, z0, tensors)
         index = None if self.sample_index is None else self.sample_index(x)
-        equilibrium = Equilibrium(
-            function, index, self.options, self._log, differentiated=tracked, solves=self.expected_solves
-        )
+        equilibrium = Equilibrium(function, index, self.options, self._log, differentiated=tracked, help=help)
         return FixedPointFunction.apply(equilibrium, z0, *tensors)
 
     def _check_no_hidden_tensors(self, function: Any, z0: Tensor, tensors: list[Tensor]) -> None:

@@ -73,6 +73,7 @@ class ForwardSolver:
         self.options = options
         self.work = work
         self.retain = False
+        self.loosened = 0.0
         self.history: History | None = None
 
     def solve(self, z0: Tensor, evaluate_last: Callable[[Tensor], Tensor] | None = None) -> Solution:
@@ -95,6 +96,7 @@ class ForwardSolver:
             return Solution(z0.detach().clone(), nothing.reason, whole, empty, empty == 0, 0.0, nothing)
         self.began = time.perf_counter()
         self.evaluated = 0
+        self._again = evaluate_last is not None
         attempt = self._attempt(self.function, self.samples, z0, None)
         solution = self._judge(attempt, evaluate_last)
         for kind in self.fallback:
@@ -133,7 +135,7 @@ class ForwardSolver:
             copy_to_vector(z0, vector)
             snes.setOptionsPrefix(self.options.prefix)
             _set_type(snes, DEFAULT_TYPE)
-            snes.appctx = Batch(run.map, z0, retain=self.retain and kind is None)
+            snes.appctx = Batch(run.map, z0, retain=self.retain and kind is None, evaluated_again=self._again)
             snes.setFunction(run.residual, residual)
             snes.setTolerances(rtol=rtol, atol=atol, stol=0.0, max_it=MAX_ITERATIONS)
             # Newton's inner solves need few digits; what is typed as -deq_ksp_rtol replaces this one too.
@@ -141,6 +143,7 @@ class ForwardSolver:
             snes.getKSP().getPC().setType(PETSc.PC.Type.NONE)
             with self.options.inserted():
                 snes.setFromOptions()
+                snes.setTolerances(rtol=max(snes.getTolerances()[0], self.loosened))
                 if kind is None:
                     chain = PETSc.Options(self.options.prefix).getString("snes_fallback", FALLBACK)
                     self.fallback = [] if chain in ("none", "") else chain.split(",")

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from hpcdeq.deq.samples import Samples
 
-
 # The differences span what the last iterations moved in, down to rounding; an inverse must not amplify the latter.
 SECANT_RIDGE = 1e-6
 

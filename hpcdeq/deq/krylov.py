@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from hpcdeq.deq.anderson import AndersonIteration, Settings
@@ -78,8 +79,14 @@ class AffineMap:
 class LinearAnderson(AndersonIteration):
     """Anderson mixing of w ↦ J w + g; residuals are compared with g. Not collective, every method."""
 
-    # Those that go on are linearised again, which costs an evaluation.
-    leave_at = 1 / 4
+    def worth_leaving(self, ended: int) -> bool:
+        """Say whether the products that are saved exceed the evaluation that linearises the other samples again."""
+        if not self.iteration:
+            return False
+        size = self.sizes() * self.limits.rtol
+        left = (self.norm / size.clamp_min(torch.finfo(size.dtype).tiny)).amax().log()
+        gained = (self.first.amax() / self.norm.amax()).log() / self.iteration
+        return ended * float(left / gained) >= 2 * self.samples.count if gained > 0 else False
 
     def sizes(self) -> Tensor:
         """Return the norms of the right-hand sides."""
@@ -98,6 +105,8 @@ class LinearProblem:
 
     Attributes
     ----------
+    guess
+        Where the next solve begins.
     residual
         ``(B,)`` true residual norms, after a solve by a per-sample type.
     kept
@@ -118,6 +127,7 @@ class LinearProblem:
         self.samples = samples
         self.work = work
         self.residual: Tensor | None = None
+        self.guess: Tensor | None = None
         self.kept: dict[bool, History] = {}
 
 
@@ -162,8 +172,9 @@ class PerSampleAnderson:
         kept = problem.kept.get(transpose) if self.recycles else None
         if self.recycles and kept is None:
             kept = problem.kept[transpose] = self.settings.history(problem.samples.rows(right), problem.samples)
-        # Started from g: the first residual is J g, as after one plain iteration from zero, without its product.
-        iteration = LinearAnderson(samples, right, Limits(rtol, atol, most, divergence), self.settings, kept)
+        # Started from g, unless something better is known: its residual is J g, as after one plain iteration from zero.
+        start = right if problem.guess is None else problem.guess
+        iteration = LinearAnderson(samples, start, Limits(rtol, atol, most, divergence), self.settings, kept)
 
         def watch(number: int, norm: float) -> None:
             ksp.setIterationNumber(number)

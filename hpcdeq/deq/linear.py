@@ -98,6 +98,11 @@ class LinearSolver:
         How many solves are to be expected.
     iterations
         How many iterations each would take.
+
+    Attributes
+    ----------
+    loosened
+        A relative tolerance that suffices, where it is above that of the options.
     """
 
     def __init__(
@@ -121,10 +126,20 @@ class LinearSolver:
         self._solves, self._iterations = max(solves, 1), max(iterations, ITERATIONS)
         self._solver: tuple[str, PETSc.KSP] | None = None
         self._problem = LinearProblem(at, cell, samples, work, history)
+        self.loosened = 0.0
         self._kind, self._pc = options.chosen("ksp_type"), options.chosen("pc_type")
 
-    def solve(self, g: Tensor, *, transpose: bool) -> Tensor:
+    def solve(self, g: Tensor, *, transpose: bool, guess: Tensor | None = None) -> Tensor:
         """Return A⁻¹ g, or A⁻ᵀ g, in the shape of the state.
+
+        Parameters
+        ----------
+        g
+            Right-hand side.
+        transpose
+            Which of the two.
+        guess
+            Initial guess, for the types that take one.
 
         Raises
         ------
@@ -141,7 +156,7 @@ class LinearSolver:
         if self._solver is None:
             self._solver = self._choose()
         kind, ksp = self._solver
-        self._problem.residual = None
+        self._problem.residual, self._problem.guess = None, guess
         b = PETSc.Vec().createSeq(g.numel(), comm=PETSc.COMM_SELF)
         x = b.duplicate()
         try:
@@ -224,4 +239,5 @@ class LinearSolver:
         ksp.setAppCtx(self._problem)
         with self.options.inserted():
             ksp.setFromOptions()
+        ksp.setTolerances(rtol=max(ksp.getTolerances()[0], self.loosened))
         return ksp

@@ -131,6 +131,7 @@ class Recorder:
             since = time.perf_counter()
             self.callback(self.last)
             self.paused += time.perf_counter() - since
+        self.problem.progress(self.last.x, loss, gradient_norm)
         return self.last
 
     def result(self, status: str, reason: str, message: str, rejected: int = 0) -> Result:

@@ -72,10 +72,14 @@ def minimize(
     with parallel.agreement(problem.comm):
         _check_initial(problem, x0)
     recorder = Recorder(problem, callback, max_seconds)
-    if method == "adam":
-        result = minimize_adam(recorder, x0, adam or AdamSettings(), max_iterations)
-    else:
-        result = TaoRun(recorder, preset_of(method)).minimize(x0, resolved_options(method, options), max_iterations)
+    problem.begin()
+    try:
+        if method == "adam":
+            result = minimize_adam(recorder, x0, adam or AdamSettings(), max_iterations)
+        else:
+            result = TaoRun(recorder, preset_of(method)).minimize(x0, resolved_options(method, options), max_iterations)
+    finally:
+        problem.end()
     if result.status == DIVERGED and raise_on_failure:
         raise ConvergenceError(
             f"{method} stopped after {result.iterations} iterations: {result.reason}, {result.message}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from hpcdeq import parallel
 from hpcdeq.data import GraphBatch, SampleSource, TensorDataset
 from hpcdeq.errors import ConvergenceError, DataError, OptionError
+from hpcdeq.problem.accuracy import Accuracy
 from hpcdeq.problem.counts import Accounts
+from hpcdeq.problem.guidance import Guidance
 from hpcdeq.problem.linearised import Linearised, leaves, outputs_of
 from hpcdeq.problem.losses import Loss, loss_named
 from hpcdeq.problem.memory import fair_share, process_bytes
@@ -55,6 +58,11 @@ class TrainingProblem:
     memory_limit
         Bytes that this process may hold before linearised chunks are no longer kept between the products of one
         iterate (they are then made anew each time). Default: half of the host's memory, shared among its ranks.
+    warm_start
+        Begin the fixed point of a sample where its last one was. At most an eighth of the memory limit is used for that.
+    adaptive
+        Solve only as accurately as an optimiser's progress asks for; see `Accuracy`. Without an optimiser, and in
+        `evaluate`, the tolerances are those of the options.
 
     Raises
     ------
@@ -72,6 +80,8 @@ class TrainingProblem:
         chunk_size: int = CHUNK_SIZE,
         weight_decay: float = 0.0,
         memory_limit: int | None = None,
+        warm_start: bool = True,
+        adaptive: bool = True,
     ) -> None:
         if chunk_size < 1:
             raise OptionError(f"chunk_size is {chunk_size}: give 1 or more samples")
@@ -88,6 +98,8 @@ class TrainingProblem:
         self.layout = ParameterLayout(model, comm)
         self.accounts = Accounts(model, comm)
         self.memory_limit = fair_share(comm) if memory_limit is None else memory_limit
+        self.guidance = Guidance(model, self.memory_limit // 8 if warm_start else 0)
+        self.accuracy = Accuracy() if adaptive and self.guidance.layers else None
         self._point: Tensor | None = None
         self._kept: dict[int, Linearised] = {}
 
@@ -151,11 +163,53 @@ class TrainingProblem:
         own = self._local_product(p, v, f"{curvature}_products")
         return self.layout.scatter_sum(own) / self.dataset.count + self.weight_decay * self._block(v)
 
+    # ----------------------------------------------------------------------------------------------- accuracy
+
+    def progress(self, p: Tensor, loss: float, gradient_norm: float) -> None:
+        """Let the accuracy of the solves follow an optimiser's iterate."""
+        if self.accuracy is None:
+            return
+        if self.accuracy.update(loss, gradient_norm):
+            self._loosen(self.accuracy.tolerance)
+            try:
+                self.accuracy.learn(self._gradient_error(p))
+            except ConvergenceError:  # what cannot be measured is not to be trusted
+                self.accuracy.learn(float("inf"))
+        self._loosen(self.accuracy.tolerance)
+
+    def begin(self) -> None:
+        """Begin a minimisation: accuracy follows its progress from here on."""
+        if self.accuracy is not None:
+            self.accuracy = Accuracy()
+            self._loosen(self.accuracy.tolerance)
+
+    def end(self) -> None:
+        """Solve as accurately as the options say again."""
+        self._loosen(0.0)
+
+    def _loosen(self, tolerance: float) -> None:
+        self.guidance.loosened = (tolerance, tolerance)
+
+    def _gradient_error(self, p: Tensor) -> float:
+        """Return the relative error of the gradient of each rank's first chunk, the largest over the ranks."""
+
+        def local() -> float:
+            parts = []
+            for tolerance in (self.guidance.loosened, (0.0, 0.0)):
+                self.guidance.loosened = tolerance
+                parts.append(self._sums(p, itertools.islice(self._chunks(p, None), 1))[1])
+            loose, tight = parts
+            norm = float(tight.norm())
+            return float((loose - tight).norm()) / norm if norm else 0.0
+
+        return parallel.max_over_ranks(self.comm, self.agreed(local))
+
     # ------------------------------------------------------------------------------------------ looking at it
 
     def evaluate(self, p: Tensor, dataset: SampleSource) -> Evaluation:
         """Return mean loss and metric on a set of samples; NaN where a fixed point was not found. Not counted."""
         pieces = self.layout.unflatten(p)
+        self.guidance.silence()
 
         def local() -> list[float]:
             sums = np.zeros(3)
@@ -210,12 +264,15 @@ class TrainingProblem:
         if self._point is None or not torch.equal(self._point, p):
             self._kept.clear()
             self._point = p.detach().clone()
+            self.guidance.linearised_at(self._point)
         pieces = self.layout.unflatten(p)
         for i in range(self._chunk_count()):
             if i in self._kept:
                 yield self._kept[i]
                 continue
-            at = Linearised(self.model, self.layout.names, pieces, *self._chunk(i), self.loss_function)
+            with self.guidance.batch(self._ids(i), p, chunk=i, products=True):
+                at = Linearised(self.model, self.layout.names, pieces, *self._chunk(i), self.loss_function)
+            self.guidance.keep_states(i)
             if process_bytes() < self.memory_limit:
                 self._kept[i] = at
             yield at
@@ -252,22 +309,29 @@ class TrainingProblem:
         except Exception as error:  # whatever it is: the other ranks must hear of it before this one raises
             return None, error
 
-    def _chunks(self, rows: np.ndarray | None) -> Iterator[tuple[Any, Tensor]]:
+    def _chunks(self, p: Tensor, rows: np.ndarray | None) -> Iterator[tuple[Any, Tensor]]:
+        """Yield this rank's batches, the layers being told what is known of each."""
         if rows is None:
             for i in range(self._chunk_count()):
-                yield self._chunk(i)
+                with self.guidance.batch(self._ids(i), p, chunk=i):
+                    yield self._chunk(i)
             return
         first = self.dataset.offset
         own = np.sort(rows[(rows >= first) & (rows < first + len(self.dataset))] - first)
         for start in range(0, len(own), self.chunk_size):
-            yield self._move(*self.dataset.batch(torch.from_numpy(own[start : start + self.chunk_size])))
+            chosen = own[start : start + self.chunk_size]
+            with self.guidance.batch(chosen.tolist(), p):
+                yield self._move(*self.dataset.batch(torch.from_numpy(chosen)))
+
+    def _ids(self, i: int) -> range:
+        return range(i * self.chunk_size, min((i + 1) * self.chunk_size, len(self.dataset)))
 
     def _chunk_count(self) -> int:
         return -(-len(self.dataset) // self.chunk_size)
 
     def _chunk(self, i: int) -> tuple[Any, Tensor]:
-        rows = slice(i * self.chunk_size, min((i + 1) * self.chunk_size, len(self.dataset)))
-        return self._move(*self.dataset.batch(rows))
+        ids = self._ids(i)
+        return self._move(*self.dataset.batch(slice(ids.start, ids.stop)))
 
     def _move(self, inputs: Tensor | GraphBatch, targets: Tensor) -> tuple[Tensor | GraphBatch, Tensor]:
         """Return a batch in the model's precision, on its device; class numbers stay whole."""
@@ -281,7 +345,7 @@ class TrainingProblem:
         pieces = self.layout.unflatten(p)
         total = 0.0
         with torch.no_grad():
-            for inputs, targets in self._chunks(rows):
+            for inputs, targets in self._chunks(p, rows):
                 outputs = outputs_of(self.model, self.layout.names, pieces, inputs)
                 self.loss_function.check(outputs, targets)
                 total += float(self.loss_function.total(outputs, targets))
@@ -289,35 +353,38 @@ class TrainingProblem:
         return total
 
     def _local_gradient(self, p: Tensor, rows: np.ndarray | None) -> tuple[float, Tensor]:
-        pieces = self.layout.unflatten(p)
-
-        def local() -> tuple[float, Tensor]:
-            total, gradient = 0.0, self._zeros()
-            for inputs, targets in self._chunks(rows):
-                weights = leaves(pieces)
-                with torch.enable_grad():
-                    outputs = outputs_of(self.model, self.layout.names, weights, inputs)
-                    self.loss_function.check(outputs, targets)
-                    value = self.loss_function.total(outputs, targets)
-                parts = torch.autograd.grad(value, weights, allow_unused=True)
-                gradient += self.layout.flatten(parts)
-                total += float(value.detach())
-                self.accounts.own.gradients += len(targets)
-            return total, gradient
-
-        own, error = self._guarded(local)
+        own, error = self._guarded(lambda: self._sums(p, self._chunks(p, rows)))
         (total,) = parallel.sum_or_raise(self.comm, np.array([own[0] if own else 0.0]), error)
         assert own is not None
         return float(total), own[1]
+
+    def _sums(self, p: Tensor, batches: Iterator[tuple[Any, Tensor]]) -> tuple[float, Tensor]:
+        """Return the sums of losses and gradients over batches of this rank."""
+        pieces = self.layout.unflatten(p)
+        total, gradient = 0.0, self._zeros()
+        for inputs, targets in batches:
+            weights = leaves(pieces)
+            with torch.enable_grad():
+                outputs = outputs_of(self.model, self.layout.names, weights, inputs)
+                self.loss_function.check(outputs, targets)
+                value = self.loss_function.total(outputs, targets)
+            parts = torch.autograd.grad(value, weights, allow_unused=True)
+            gradient += self.layout.flatten(parts)
+            total += float(value.detach())
+            self.accounts.own.gradients += len(targets)
+        return total, gradient
 
     def _local_product(self, p: Tensor, v: Tensor, kind: str) -> Tensor:
         pieces = self.layout.unflatten(v)
 
         def local() -> Tensor:
             total = self._zeros()
-            for at in self.linearised(p):
-                product = at.gauss_newton_product if kind == "gauss_newton_products" else at.hessian_product
-                total += self.layout.flatten(product(pieces))
+            for i, at in enumerate(self.linearised(p)):
+                if kind == "gauss_newton_products":
+                    total += self.layout.flatten(at.gauss_newton_product(pieces))
+                    self.guidance.keep_tangents(v, i)
+                else:
+                    total += self.layout.flatten(at.hessian_product(pieces))
             return total
 
         own = self.agreed(local)
