@@ -15,10 +15,11 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hpcdeq.deq.batch import Batch, BatchIteration, BatchSolver, Limits
+from hpcdeq.deq.batch import Batch, BatchIteration, BatchSolver, Limits, Values
 from hpcdeq.deq.history import History
 from hpcdeq.deq.samples import SampleMap, Samples
 from hpcdeq.errors import OptionError
@@ -54,16 +55,16 @@ class Settings:
 
     window: int = 8
     mixing: float = 1.0
-    period: int = 4
+    period: int = 8
     kind: int = 2
     delay: int = 0
     restart: int = 0
     growth: float = 10.0
     ridge: float | None = None
 
-    def history(self, like: Tensor, samples: Samples) -> History:
+    def history(self, like: Tensor, samples: Samples, *, kept: bool = False) -> History:
         """Return an empty history for a state ``(rows, d)``. Not collective."""
-        return History(like, samples, self.window, self.kind, self.ridge)
+        return History(like, samples, self.window, self.kind, self.ridge, kept=kept)
 
     @staticmethod
     def read(options: PETSc.Options, kind: str = "snes", default: Settings | None = None) -> Settings:
@@ -139,19 +140,18 @@ class AndersonIteration(BatchIteration):
             self.history: History | None = copy.copy(kept)  # sharing its columns until the batch is restricted
         else:
             self.history = settings.history(self.z, self.samples) if settings.window else None
-        self.expanding = torch.zeros(self.samples.count, dtype=torch.bool, device=z0.device)
-        self._any_expanding = False
+        self.expanding = np.zeros(self.samples.count, dtype=bool)
         self._plain = False  # whether z is the last image
-        self._before: tuple[Tensor, Tensor, Tensor] | None = None  # image, residual, norms
+        self._before: tuple[Tensor, Tensor, Values] | None = None  # image, residual, norms
         self.image_answers = False
         self._mixings = 0
         self._since_mixing = settings.period if kept is not None and kept.filled else 0
 
     def answer(self) -> Tensor:
         """Return the images of converged samples where those are evaluated again: an iteration for nothing."""
-        if not self.image_answers:
-            return self.z
-        return torch.where(self.samples.spread(self.expanding)[:, None], self.z, self.image)
+        if not self.image_answers or not self.expanding.any():
+            return self.image if self.image_answers else self.z
+        return torch.where(self.samples.spread(self.device(self.expanding))[:, None], self.z, self.image)
 
     def take_residual(self) -> Tensor:
         """Return f(z) - z, and enter the differences from the last iteration into the history."""
@@ -177,20 +177,19 @@ class AndersonIteration(BatchIteration):
             return image if settings.mixing == 1.0 else torch.lerp(self.z, image, settings.mixing)
         if self._plain and settings.period > 1 and self._before is not None:
             self.expanding |= norm > EXPANDING * self._before[2]
-            self._any_expanding = bool(self.expanding.any())
         self._before = (image, residual, norm)
         due = self._since_mixing >= settings.period or (settings.delay == self.iteration and self.iteration > 0)
-        mixing = history.filled > 0 and self.iteration >= settings.delay and (due or self._any_expanding)
+        mixing = history.filled > 0 and self.iteration >= settings.delay and (due or self.expanding.any())
         self._plain = not mixing and settings.mixing == 1.0
         if not mixing:
             return image if self._plain else torch.lerp(self.z, image, settings.mixing)
         grown = norm > settings.growth * self.best
-        if bool(grown.any()):
-            history.forget(grown)
-            self.best = torch.where(grown, norm, self.best)
+        if grown.any():
+            history.forget(self.device(grown))
+            self.best = np.where(grown, norm, self.best)
         coefficients = history.coefficients(residual)
         if not due:
-            coefficients = coefficients * self.samples.spread(self.expanding)[:, None]
+            coefficients = coefficients * self.samples.spread(self.device(self.expanding))[:, None]
         self._since_mixing = 0 if due else self._since_mixing
         z = history.apply(image, residual, coefficients, settings.mixing)
         self._mixings += 1
@@ -202,16 +201,17 @@ class AndersonIteration(BatchIteration):
         """Go on with some samples; arguments as in `SampleMap.restrict`."""
         self.give_back()
         super().keep(keep, rows, samples)
-        self.expanding = self.expanding.index_select(0, keep)
+        names = self.host(keep)
+        self.expanding = self.expanding[names]
         if self._before is not None:  # of which only the norms are still asked for
-            self._before = (*self._before[:2], self._before[2].index_select(0, keep))
+            self._before = (*self._before[:2], self._before[2][names])
         if self.history is not None:
             self.history.keep(keep, rows, samples)
 
     def give_back(self) -> None:
         """Enter the present history into the one that is kept for others."""
         if self._kept is not None and self.history is not None:
-            nothing = self._names[:0]
+            nothing = torch.arange(0)
             self._kept.merge(self.history, *(self.at_work or (nothing, nothing)))
 
 
@@ -231,7 +231,7 @@ class PerSampleAnderson(BatchSolver):
     def start(self, batch: Batch, z0: Tensor, limits: Limits) -> BatchIteration:
         """Return the iteration at its start. Not collective."""
         if batch.retain and self.settings.window:
-            batch.history = self.settings.history(batch.map.samples.rows(z0), batch.map.samples)
+            batch.history = self.settings.history(batch.map.samples.rows(z0), batch.map.samples, kept=True)
         iteration = AndersonIteration(batch.map, z0, limits, self.settings, batch.history)
         iteration.image_answers = batch.evaluated_again
         return iteration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,8 +62,6 @@ class CellFunction:
         ``cell(z, x) -> z``.
     x
         The cell's second argument.
-    trusted
-        Kinds of input whose restriction to fewer samples was seen to be right; grows with use.
 
     Attributes
     ----------
@@ -70,13 +69,12 @@ class CellFunction:
         The cell's floating-point parameters, then the floating-point tensors inside x.
     """
 
-    def __init__(self, cell: Cell, x: Any, trusted: set[Any] | None = None) -> None:
+    def __init__(self, cell: Cell, x: Any) -> None:
         inputs, self._rebuild = flatten(x)
         named = []
         if isinstance(cell, nn.Module):
             named = [(name, p) for name, p in cell.named_parameters() if p.is_floating_point()]
         self.cell = cell
-        self.trusted: set[Any] = set() if trusted is None else trusted
         self._names = [name for name, _ in named]
         self._own = [p for _, p in named]
         self.tensors = self._own + inputs
@@ -95,7 +93,7 @@ class CellFunction:
         # Where the module holds these very weights it is called as it is: a functional call costs as much as a small cell.
         held = all(a is b for a, b in zip(given, self._own, strict=True))
         parameters = None if held else {n: t.detach() for n, t in zip(self._names, given, strict=True)}
-        return BoundCell(self.cell, parameters, self._rebuild(rest), self.trusted)
+        return BoundCell(self.cell, parameters, self._rebuild(rest))
 
 
 class BoundCell:
@@ -107,15 +105,12 @@ class BoundCell:
         What is called as ``cell(z, given)``.
     parameters
         Weights by name; None: those that the module holds.
-    trusted
-        As in `CellFunction`.
     """
 
-    def __init__(self, cell: Cell, parameters: dict[str, Tensor] | None, given: Any, trusted: set[Any]) -> None:
+    def __init__(self, cell: Cell, parameters: dict[str, Tensor] | None, given: Any) -> None:
         self.cell = cell
         self.parameters = parameters
         self.given = given
-        self.trusted = trusted
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return f(z). Not collective."""
@@ -146,8 +141,9 @@ class BoundCell:
         if kind is None or (select is None and image.shape[0] != len(keep)):
             return None
         given = _narrowed(self.given, keep, count) if select is None else select(self.given, keep)
-        fewer = BoundCell(self.cell, self.parameters, given, self.trusted)
-        if kind not in self.trusted:
+        fewer = BoundCell(self.cell, self.parameters, given)
+        trusted = _trusted(self.cell)
+        if kind not in trusted:
             try:
                 again = fewer(z)
             except (RuntimeError, IndexError):  # what torch raises for lengths that do not fit
@@ -155,8 +151,19 @@ class BoundCell:
             rounding = torch.finfo(image.dtype).eps ** 0.5 * image.abs().amax()
             if again.shape != image.shape or not bool((again - image).abs().amax() <= rounding):
                 return None
-            self.trusted.add(kind)
+            trusted.add(kind)
         return fewer
+
+
+# By cell: the kinds of input whose restriction to fewer samples was seen to be right.
+_TRUSTED: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+
+
+def _trusted(cell: Cell) -> set[Any]:
+    try:
+        return _TRUSTED.setdefault(cell, set())
+    except TypeError:  # an object that has no weak references: it is looked at each time
+        return set()
 
 
 def _form(given: Any, count: int) -> tuple[Any, ...] | None:
@@ -192,17 +199,23 @@ def initial_state(cell: Cell, x: Any, function: StateFunction, tensors: Sequence
     lengths = {n for p in tensors for n in p.shape} if x.dim() else set()
     others = [(*x.shape[:-1], n) for n in sorted(lengths) if n != x.shape[-1]]
     fitting: list[Tensor] = []
-    for shape in (tuple(x.shape), *others):
-        z = torch.zeros(shape, dtype=x.dtype, device=x.device)
-        try:
-            with torch.no_grad():
-                fits = function(z, *tensors).shape == z.shape
-        except (RuntimeError, ShapeError, IndexError):  # what torch raises for lengths that do not fit
-            continue
-        if fits and shape == x.shape:
-            return z
-        if fits:
-            fitting.append(z)
+    # One sample tells as much as all of them, where the cell takes it.
+    one = len(x) > 1 and x.dim() > 1 and bool(tensors) and tensors[-1] is x
+    for given in [[*tensors[:-1], x[:1]], tensors] if one else [tensors]:
+        for shape in (tuple(x.shape), *others):
+            z = torch.zeros(shape if given is tensors else (1, *shape[1:]), dtype=x.dtype, device=x.device)
+            try:
+                with torch.no_grad():
+                    fits = function(z, *given).shape == z.shape
+            except (RuntimeError, ShapeError, IndexError):  # what torch raises for lengths that do not fit
+                continue
+            whole = torch.zeros(shape, dtype=x.dtype, device=x.device)
+            if fits and shape == x.shape:
+                return whole
+            if fits:
+                fitting.append(whole)
+        if fitting:
+            break
     if len(fitting) != 1:
         found = ", ".join(str(tuple(z.shape)) for z in fitting) or "none"
         raise ShapeError(

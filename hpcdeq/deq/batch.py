@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,9 @@ class Limits:
     divergence: float
 
 
+Values = np.ndarray  # numbers or truth values by sample, (B,): decisions are taken on the host
+
+
 @dataclass
 class Outcome:
     """What a per-sample solve found, by sample in the order of the batch.
@@ -49,9 +53,9 @@ class Outcome:
     Attributes
     ----------
     value
-        ``(rows, d)`` state: of each sample the first that satisfied the tolerance, else the last.
+        ``(rows, d)`` state: of each sample one that satisfied the tolerance, else the last.
     residual, size
-        ``(B,)`` norms of f(z) - z and of f(z) at ``value``, in float64.
+        ``(B,)`` norms of f(z) - z and of f(z), in float64, of the iterate that was judged.
     since
         ``(B,)`` iteration at which a sample converged, -1 if it did not.
     trail
@@ -59,17 +63,17 @@ class Outcome:
     """
 
     value: Tensor
-    residual: Tensor
-    size: Tensor
-    since: Tensor
-    trail: list[tuple[int, float, Tensor, Tensor]] = field(default_factory=list)
+    residual: Values
+    size: Values
+    since: Values
+    trail: list[tuple[int, float, Values, Values]] = field(default_factory=list)
 
 
 class BatchIteration:
     """Iterates until every sample has converged or has no hope; what has ended leaves the batch.
 
-    A subclass says how to go on, in `advance`, and keeps its own memory of the samples at work, in `keep`. Not
-    collective, every method.
+    A subclass says how to go on, in `advance`, and keeps its own memory of the samples at work, in `keep`. States stay on
+    their device; norms come to the host. Not collective, every method.
 
     Parameters
     ----------
@@ -86,11 +90,13 @@ class BatchIteration:
         ``(rows, d)`` of the samples at work.
     norm, best, first
         ``(B,)`` norms of the present residual, of the smallest and of the first.
+    size
+        ``(B,)`` what residuals are compared with.
     leave_at
         Samples leave once this part of those at work has ended: each time what is kept of the others is copied.
     """
 
-    leave_at = 1 / 8
+    leave_at = 1 / 4
 
     def __init__(self, map: SampleMap, z0: Tensor, limits: Limits) -> None:
         self.map = map
@@ -99,18 +105,12 @@ class BatchIteration:
         self.iteration = 0
         self.shape = z0.shape
         self.z = self.image = self.residual = self.samples.rows(z0)
-        count, device = self.samples.count, z0.device
-        unknown = torch.full((count,), float("inf"), dtype=torch.float64, device=device)
-        self.norm = self.best = self.first = unknown
-        self.outcome = Outcome(
-            self.z.clone(),
-            unknown.clone(),
-            unknown.clone(),
-            torch.full((count,), -1, dtype=torch.int64, device=device),
-        )
-        self._names = torch.arange(count, device=device)
+        count = self.samples.count
+        self.norm = self.size = self.best = self.first = np.full(count, np.inf)
+        self.outcome = Outcome(self.z.clone(), np.full(count, np.inf), np.full(count, np.inf), np.full(count, -1))
+        self._names = np.arange(count)
         self._rows: Tensor | None = None  # of the samples at work in the whole state; None: all of them
-        self._ended = torch.zeros(count, dtype=torch.bool, device=device)  # at work only because they cannot leave
+        self._ended = np.zeros(count, dtype=bool)  # at work only because they cannot leave
         self._finished = 0.0  # sum of squares of the residuals of samples that have left
         self._failures: set[str] = set()
 
@@ -130,17 +130,26 @@ class BatchIteration:
         """Say whether so many samples that have ended should leave now."""
         return ended >= max(1.0, self.leave_at * self.samples.count)
 
-    def sizes(self) -> Tensor:
+    def sizes(self) -> Values:
         """Return what the residual of each sample is compared with, ``(B,)``."""
-        return self.samples.norms(self.image)
+        return self.host(self.samples.norms(self.image))
+
+    def host(self, values: Tensor) -> Values:
+        """Return numbers by sample on the host."""
+        return values.detach().cpu().numpy().astype(np.float64 if values.is_floating_point() else np.int64)
+
+    def device(self, values: Values) -> Tensor:
+        """Return numbers by sample on the device of the state."""
+        return torch.from_numpy(values).to(self.z.device)
 
     def keep(self, keep: Tensor, rows: Tensor, samples: Samples) -> None:
         """Go on with some samples; arguments as in `SampleMap.restrict`."""
         self.z, self.image, self.residual = (t.index_select(0, rows) for t in (self.z, self.image, self.residual))
-        self.norm, self.best, self.first = (t.index_select(0, keep) for t in (self.norm, self.best, self.first))
-        self._names = self._names.index_select(0, keep)
+        names = self.host(keep)
+        self.norm, self.size = self.norm[names], self.size[names]
+        self.best, self.first = self.best[names], self.first[names]
+        self._names, self._ended = self._names[names], self._ended[names]
         self._rows = rows if self._rows is None else self._rows.index_select(0, rows)
-        self._ended = self._ended.index_select(0, keep)
         self.samples = samples
 
     def run(self, watch: Callable[[int, float], None]) -> str:
@@ -153,34 +162,43 @@ class BatchIteration:
         """
         began = time.perf_counter()
         limits = self.limits
-        while True:
-            self.image = self.samples.rows(self.map(self.shaped(self.z)))
-            self.residual = self.take_residual()
-            self.norm, size = self.samples.norms(self.residual), self.sizes()
-            if self.iteration == 0:
-                self.best = self.first = self.norm
-            self.outcome.trail.append((self.map.evaluated, time.perf_counter() - began, self.norm, size))
-            converged = self.norm <= limits.rtol * size + limits.atol
-            hopeful = self.norm <= limits.divergence * self.first if limits.divergence > 0 else self.norm.isfinite()
-            last = self.iteration >= limits.iterations
-            over = converged | ~hopeful | last | self._ended
-            ended = int(over.sum())
-            watch(self.iteration, (self._finished + float(self.norm.square().sum())) ** 0.5)
-            if ended:
-                everyone = ended == self.samples.count
-                if everyone or self.worth_leaving(ended - int(self._ended.sum())):
-                    self._settle(over & ~self._ended, converged, size)
-                    if everyone:
-                        return self._reason()
-                    self._leave(over)
-            self.best = torch.minimum(self.best, self.norm)
-            self.z = self.advance()
-            self.iteration += 1
+        # A state that runs off to infinity is an answer here.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            while True:
+                self.image = self.samples.rows(self.map(self.shaped(self.z)))
+                self.residual = self.take_residual()
+                self.norm = self.host(self.samples.norms(self.residual))
+                if self.iteration == 0:
+                    self.best = self.first = self.norm
+                # Sizes hardly change from one iteration to the next: near the goal they are taken anew.
+                if self.iteration % 4 == 0 or (self.norm <= 2 * limits.rtol * self.size + limits.atol).any():
+                    self.size = self.sizes()
+                size = self.size
+                self.outcome.trail.append((self.map.evaluated, time.perf_counter() - began, self.norm, size))
+                converged = self.norm <= limits.rtol * size + limits.atol
+                hopeless = ~(
+                    self.norm <= (limits.divergence * self.first if limits.divergence > 0 else np.finfo(float).max)
+                )
+                over = converged | hopeless | self._ended
+                if self.iteration >= limits.iterations:
+                    over[:] = True
+                watch(self.iteration, (self._finished + float(self.norm @ self.norm)) ** 0.5)
+                if over.any():
+                    ended = int(over.sum())
+                    everyone = ended == self.samples.count
+                    if everyone or self.worth_leaving(ended - int(self._ended.sum())):
+                        self._settle(over & ~self._ended, converged, size)
+                        if everyone:
+                            return self._reason()
+                        self._leave(over)
+                self.best = np.minimum(self.best, self.norm)
+                self.z = self.advance()
+                self.iteration += 1
 
     @property
     def at_work(self) -> tuple[Tensor, Tensor] | None:
         """Samples and rows at work, by their numbers in the whole batch; None: all of them."""
-        return None if self._rows is None else (self._names, self._rows)
+        return None if self._rows is None else (self.device(self._names), self._rows)
 
     def shaped(self, rows: Tensor) -> Tensor:
         """Return rows of the samples at work in the shape of a state."""
@@ -189,34 +207,35 @@ class BatchIteration:
     def value(self) -> Tensor:
         """Return the state of all samples as it is now, ``(rows, d)``."""
         value = self.outcome.value.clone()
-        at_work = ~self.samples.spread(self._ended)
+        at_work = ~self.samples.spread(self.device(self._ended))
         rows = torch.arange(len(value), device=value.device) if self._rows is None else self._rows
         value[rows[at_work]] = self.z[at_work]
         return value
 
-    def _settle(self, over: Tensor, converged: Tensor, size: Tensor) -> None:
-        gone = over.nonzero().squeeze(1)
-        rows, _ = self.samples.rows_of(gone)
-        value = torch.where(self.samples.spread(converged)[:, None], self.answer(), self.z).index_select(0, rows)
+    def _settle(self, over: Values, converged: Values, size: Values) -> None:
+        gone = over.nonzero()[0]
+        rows, _ = self.samples.rows_of(self.device(gone))
+        value = self.answer().index_select(0, rows)
+        if not converged[gone].all():
+            answered = self.samples.spread(self.device(converged)).index_select(0, rows)[:, None]
+            value = torch.where(answered, value, self.z.index_select(0, rows))
         self.outcome.value[rows if self._rows is None else self._rows.index_select(0, rows)] = value
-        names, norm = self._names.index_select(0, gone), self.norm.index_select(0, gone)
-        self.outcome.residual[names] = norm
-        self.outcome.size[names] = size.index_select(0, gone)
-        good = converged.index_select(0, gone)
+        names, norm, good = self._names[gone], self.norm[gone], converged[gone]
+        self.outcome.residual[names], self.outcome.size[names] = norm, size[gone]
         self.outcome.since[names[good]] = self.iteration
-        bad = norm[~good]
-        if len(bad):
-            if not bool(bad.isfinite().all()):
-                self._failures.add(NANORINF)
-            if bool(bad.isfinite().any()):
-                self._failures.add("DIVERGED_MAX_IT" if self.iteration >= self.limits.iterations else "DIVERGED_DTOL")
+        finite = np.isfinite(norm[~good])
+        if not finite.all():
+            self._failures.add(NANORINF)
+        if finite.any():
+            self._failures.add("DIVERGED_MAX_IT" if self.iteration >= self.limits.iterations else "DIVERGED_DTOL")
 
-    def _leave(self, over: Tensor) -> None:
-        keep = (~over).nonzero().squeeze(1)
+    def _leave(self, over: Values) -> None:
+        keep = self.device((~over).nonzero()[0])
         rows, samples = self.samples.rows_of(keep)
         z, image = (self.shaped(t.index_select(0, rows)) for t in (self.z, self.image))
         if self.map.restrict(keep, rows, samples, z, image):
-            self._finished += float(self.norm[over].square().nan_to_num(0.0, 0.0, 0.0).sum())
+            gone = self.norm[over]
+            self._finished += float(np.square(gone[np.isfinite(gone)]).sum())
             self.keep(keep, rows, samples)
         else:
             self._ended = over

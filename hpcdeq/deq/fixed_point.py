@@ -68,7 +68,6 @@ class FixedPoint(nn.Module):
         self._log = Log(Work())
         self.help = Help()
         self._checked = False
-        self._trusted: set[Any] = set()
 
     @property
     def solution(self) -> Solution | None:
@@ -118,7 +117,7 @@ class FixedPoint(nn.Module):
         z0
             Initial guess; it is not differentiated.
         """
-        function = CellFunction(self.cell, x, self._trusted)
+        function = CellFunction(self.cell, x)
         tensors = function.tensors
         help = self.help if z0 is None else replace(self.help, guesses=None)
         if z0 is None:

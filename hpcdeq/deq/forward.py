@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -168,10 +169,11 @@ class ForwardSolver:
             return _Attempt(value, record, run.since, None, run.history)
         outcome = per_sample.outcome
         history = [
-            (run.mean_evaluations(evaluated), seconds + run.offset, float((norm / size).max()))
+            (run.mean_evaluations(evaluated), seconds + run.offset, _largest(norm, size))
             for evaluated, seconds, norm, size in outcome.trail
         ]
-        return _Attempt(value, record, outcome.since, (outcome.residual, outcome.size), history)
+        since, *known = (per_sample.device(v) for v in (outcome.since, outcome.residual, outcome.size))
+        return _Attempt(value, record, since, (known[0], known[1]), history)
 
     def _run(self, snes: PETSc.SNES, vector: PETSc.Vec) -> SolveRecord:
         try:
@@ -196,7 +198,7 @@ class ForwardSolver:
             else:
                 last = evaluate_last(z)
             self.evaluated += self.samples.count
-            residual, size = self.samples.norms(last - z), self.samples.norms(last)
+            residual, size = self.samples.norms(last - z).double(), self.samples.norms(last).double()
         within = residual <= SLACK * (self.rtol * size + self.atol)
         if attempt.known is not None:
             within &= attempt.since >= 0
@@ -318,6 +320,11 @@ class _Run:
             at = Linearisation(lambda state: self.map.function(state), z.clone(), ())
         self.map.evaluated += self.map.samples.count
         jacobian.setPythonContext(ResolventMatrix(at, self.map.samples, self.map.work))
+
+
+def _largest(norm: np.ndarray, size: np.ndarray) -> float:
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return float(np.max(np.where(norm == 0, 0.0, norm / size)))
 
 
 def _unset(x: PETSc.Vec, y: PETSc.Vec) -> None:

@@ -28,15 +28,26 @@ class History:
         Type II mixing, or type I.
     ridge
         Added to the Gram matrices of the normalised differences; None: ten times the rounding unit.
+    kept
+        Whether samples that left before a column was filled may come back: it has to hold zeros then.
     """
 
-    def __init__(self, like: Tensor, samples: Samples, window: int, kind: int = 2, ridge: float | None = None) -> None:
+    def __init__(
+        self,
+        like: Tensor,
+        samples: Samples,
+        window: int,
+        kind: int = 2,
+        ridge: float | None = None,
+        *,
+        kept: bool = False,
+    ) -> None:
         self.samples = samples
         self.window = window
         self.kind = kind
         rows, d = like.shape
-        self.residuals = like.new_zeros(rows, self.window, d)
-        self.images = like.new_zeros(rows, self.window, d)
+        make = like.new_zeros if kept else like.new_empty
+        self.residuals, self.images = make(rows, window, d), make(rows, window, d)
         self.gram = torch.zeros(samples.count, self.window, self.window, dtype=torch.float64, device=like.device)
         self.filled = 0
         self._next = 0

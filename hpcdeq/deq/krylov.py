@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from hpcdeq.deq.anderson import AndersonIteration, Settings
-from hpcdeq.deq.batch import NANORINF, Limits
+from hpcdeq.deq.batch import NANORINF, Limits, Values
 from hpcdeq.deq.history import History
 from hpcdeq.deq.jacobian import Linearisation
 from hpcdeq.deq.samples import SampleMap, Samples
@@ -79,18 +79,23 @@ class AffineMap:
 class LinearAnderson(AndersonIteration):
     """Anderson mixing of w ↦ J w + g; residuals are compared with g. Not collective, every method."""
 
+    _sizes: Values | None = None
+
     def worth_leaving(self, ended: int) -> bool:
         """Say whether the products that are saved exceed the evaluation that linearises the other samples again."""
         if not self.iteration:
             return False
-        size = self.sizes() * self.limits.rtol
-        left = (self.norm / size.clamp_min(torch.finfo(size.dtype).tiny)).amax().log()
-        gained = (self.first.amax() / self.norm.amax()).log() / self.iteration
-        return ended * float(left / gained) >= 2 * self.samples.count if gained > 0 else False
+        goal = np.maximum(self.sizes() * self.limits.rtol, np.finfo(float).tiny)
+        left = np.log((self.norm / goal).max())
+        gained = np.log(self.first.max() / self.norm.max()) / self.iteration
+        return bool(gained > 0 and ended * left / gained >= 2 * self.samples.count)
 
-    def sizes(self) -> Tensor:
+    def sizes(self) -> Values:
         """Return the norms of the right-hand sides."""
-        return self.samples.norms(self.map.function.right)  # type: ignore[attr-defined]
+        right = self.map.function.right  # type: ignore[attr-defined]
+        if self._sizes is None or len(self._sizes) != self.samples.count:
+            self._sizes = self.host(self.samples.norms(right))
+        return self._sizes
 
 
 class LinearProblem:
@@ -171,7 +176,9 @@ class PerSampleAnderson:
         samples = SampleMap(map, problem.samples, problem.work)
         kept = problem.kept.get(transpose) if self.recycles else None
         if self.recycles and kept is None:
-            kept = problem.kept[transpose] = self.settings.history(problem.samples.rows(right), problem.samples)
+            kept = problem.kept[transpose] = self.settings.history(
+                problem.samples.rows(right), problem.samples, kept=True
+            )
         # Started from g, unless something better is known: its residual is J g, as after one plain iteration from zero.
         start = right if problem.guess is None else problem.guess
         iteration = LinearAnderson(samples, start, Limits(rtol, atol, most, divergence), self.settings, kept)
@@ -184,7 +191,7 @@ class PerSampleAnderson:
 
         reason = iteration.run(watch)
         iteration.give_back()
-        problem.residual = iteration.outcome.residual
+        problem.residual = iteration.device(iteration.outcome.residual)
         if transpose:
             problem.work.cell_vjps += samples.evaluated
         else:

@@ -148,7 +148,7 @@ class LinearSolver:
         """
         if not transpose:
             refuse_inexact(self._kind, "a tangent")
-        norm = self.samples.norms(g)
+        norm = self.samples.norms(g).double()
         if not bool(norm.any()):
             done = SolveRecord("KSP", "none", self.options.prefix, "CONVERGED_ATOL", True, 0, 0.0)
             self.outcome = LinearSolution(done.reason, 0, norm.cpu(), norm.cpu(), done)
@@ -181,7 +181,7 @@ class LinearSolver:
         residual = self._problem.residual  # a per-sample type has it from a product at its answer
         if residual is None:
             context = ResolventMatrix(self.at, self.samples, self.work)
-            residual = self.samples.norms(g - context.apply(answer, transpose=transpose))
+            residual = self.samples.norms(g - context.apply(answer, transpose=transpose)).double()
         self.outcome = LinearSolution(record.reason, record.iterations, residual.cpu(), norm.cpu(), record)
         total, bound = float(residual.norm()), SLACK * max(rtol * float(norm.norm()), atol)
         if not record.converged or not total <= bound:

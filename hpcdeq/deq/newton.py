@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,19 +33,18 @@ class NewtonIteration(BatchIteration):
         self._age = 0
         self._step = torch.zeros_like(self.z)
         self._from = self.z
-        self._length = torch.zeros_like(self.norm)
-        self._merit = torch.full_like(self.norm, float("inf"))
+        self._length = np.zeros(self.samples.count)
+        self._merit = np.full(self.samples.count, np.inf)
 
     def advance(self) -> Tensor:
         """Return the next state."""
         # A decrease in proportion to the step (Armijo's, for ‖r‖).
         back = ~(self.norm <= (1 - 1e-4 * self._length) * self._merit) & (self._length > 2.0**-HALVINGS)
-        if bool(back.any()):
-            self._length = torch.where(back, self._length / 2, 0.0)
+        if back.any():
+            self._length = np.where(back, self._length / 2, 0.0)
             self._age = self.lag  # after a step that failed the Jacobian is made anew
-            waiting = back[:, None].to(self.z.dtype)
-            trial = self._from + self._length[:, None].to(self.z.dtype) * self._step
-            return waiting * trial + (1 - waiting) * self.z
+            length = self.device(self._length)[:, None].to(self.z.dtype)
+            return torch.where(self.device(back)[:, None], self._from + length * self._step, self.z)
         if self._factors is None or self._age >= self.lag:
             with torch.enable_grad():
                 at = Linearisation(lambda state: self.map.function(state), self.shaped(self.z), ())
@@ -54,14 +54,15 @@ class NewtonIteration(BatchIteration):
         self._age += 1
         self._from, self._merit = self.z, self.norm
         self._step = self._factors.solve(self.residual, transpose=False)
-        self._length = torch.ones_like(self.norm)
+        self._length = np.ones_like(self.norm)
         return self.z + self._step
 
     def keep(self, keep: Tensor, rows: Tensor, samples: Samples) -> None:
         """Go on with some samples; arguments as in `SampleMap.restrict`."""
         super().keep(keep, rows, samples)
         self._step, self._from = self._step.index_select(0, keep), self._from.index_select(0, keep)
-        self._length, self._merit = self._length.index_select(0, keep), self._merit.index_select(0, keep)
+        names = self.host(keep)
+        self._length, self._merit = self._length[names], self._merit[names]
         if self._factors is not None:
             self._factors.keep(keep)
 

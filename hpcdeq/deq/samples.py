@@ -54,8 +54,8 @@ class Samples:
         return values if self.index is None else values.index_select(0, self.index)
 
     def norms(self, z: Tensor) -> Tensor:
-        """Return the 2-norm of each sample, ``(B,)`` in float64. Not collective."""
-        norms = torch.linalg.vector_norm(self.rows(z), dim=1, dtype=torch.float64)
+        """Return the 2-norm of each sample, ``(B,)`` in the precision of the state. Not collective."""
+        norms = torch.linalg.vector_norm(self.rows(z), dim=1)
         return norms if self.index is None else self.total(norms.square_()).sqrt_()
 
     def rows_of(self, keep: Tensor) -> tuple[Tensor, Samples]:
