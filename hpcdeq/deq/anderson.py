@@ -158,16 +158,9 @@ class AndersonIteration(BatchIteration):
         history, before = self.history, self._before
         if history is None or before is None:
             return self.image - self.z
-        slot = history.slot()
         self._since_mixing += 1
-        if self._plain and history.window > 1:
-            # z is the last image: the residual is the difference of the images.
-            residual = torch.sub(self.image, self.z, out=history.images[:, slot])
-        else:
-            residual = self.image - self.z
-            torch.sub(self.image, before[0], out=history.images[:, slot])
-        torch.sub(residual, before[1], out=history.residuals[:, slot])
-        return residual
+        soon = self.settings.period <= history.window and self.iteration > self.settings.delay
+        return history.enter(self.z, self.image, before[:2], plain=self._plain, soon=soon)
 
     def advance(self) -> Tensor:
         """Return the next state."""

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from hpcdeq.deq.history import History
 from hpcdeq.deq.jacobian import Linearisation
 from hpcdeq.deq.resolvent import ResolventMatrix
 from hpcdeq.deq.samples import SampleMap, Samples
-from hpcdeq.deq.solution import Solution, explain
+from hpcdeq.deq.solution import Solution, Trail, explain
 from hpcdeq.deq.work import Work
 from hpcdeq.errors import ConvergenceError, OptionError
 from hpcdeq.petsc import PETSc
@@ -50,7 +49,7 @@ class _Attempt:
     record: SolveRecord
     since: Tensor
     known: tuple[Tensor, Tensor] | None  # true residual and size at the value, where the solver knows them
-    history: list[tuple[float, float, float]] = field(default_factory=list)
+    trail: Trail = field(default_factory=list)
 
 
 class ForwardSolver:
@@ -166,14 +165,14 @@ class ForwardSolver:
                     thing.destroy()
         self.evaluated += run.map.evaluated
         if per_sample is None:
-            return _Attempt(value, record, run.since, None, run.history)
+            return _Attempt(value, record, run.since, None, run.trail)
         outcome = per_sample.outcome
-        history = [
-            (run.mean_evaluations(evaluated), seconds + run.offset, _largest(norm, size))
+        trail = [
+            (run.mean_evaluations(evaluated), seconds + run.offset, norm, size)
             for evaluated, seconds, norm, size in outcome.trail
         ]
         since, *known = (per_sample.device(v) for v in (outcome.since, outcome.residual, outcome.size))
-        return _Attempt(value, record, since, (known[0], known[1]), history)
+        return _Attempt(value, record, since, (known[0], known[1]), trail)
 
     def _run(self, snes: PETSc.SNES, vector: PETSc.Vec) -> SolveRecord:
         try:
@@ -216,7 +215,7 @@ class ForwardSolver:
             within.cpu(),
             evaluations,
             record,
-            attempt.history,
+            attempt.trail,
             [line],
         )
 
@@ -249,7 +248,7 @@ class ForwardSolver:
         else:
             value = attempt.value
         since[chosen] = attempt.since if len(attempt.since) == len(chosen) else attempt.since[chosen]
-        merged = replace(attempt, value=value, since=since, known=None, history=[*first.history, *attempt.history])
+        merged = replace(attempt, value=value, since=since, known=None, trail=[*first.trail, *attempt.trail])
         second = self._judge(merged, evaluate_last)
         done = int(second.converged.sum()) - int(first.converged.sum())
         attempts = [*first.attempts, f"{attempt.record.solver} on the other {len(chosen)}: {done} of them converged"]
@@ -277,7 +276,7 @@ class _Run:
         self.offset = time.perf_counter() - began
         self.before = before
         self.count = count
-        self.history: list[tuple[float, float, float]] = []
+        self.trail: Trail = []
         self.since = torch.full((map.samples.count,), -1, dtype=torch.int64, device=like.device)
 
     def mean_evaluations(self, evaluated: int) -> float:
@@ -294,9 +293,8 @@ class _Run:
             norm, size = samples.norms(residual), samples.norms(z - residual)
         done = norm <= rtol * size + atol
         self.since = torch.where(done, torch.where(self.since < 0, iteration, self.since), -1)
-        self.history.append(
-            (self.mean_evaluations(self.map.evaluated), time.perf_counter() - self.began, float((norm / size).max()))
-        )
+        elapsed = time.perf_counter() - self.began
+        self.trail.append((self.mean_evaluations(self.map.evaluated), elapsed, norm.cpu().numpy(), size.cpu().numpy()))
         total = float(norm.square().sum().sqrt())
         if iteration == 0:
             self.first = total
@@ -320,11 +318,6 @@ class _Run:
             at = Linearisation(lambda state: self.map.function(state), z.clone(), ())
         self.map.evaluated += self.map.samples.count
         jacobian.setPythonContext(ResolventMatrix(at, self.map.samples, self.map.work))
-
-
-def _largest(norm: np.ndarray, size: np.ndarray) -> float:
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return float(np.max(np.where(norm == 0, 0.0, norm / size)))
 
 
 def _unset(x: PETSc.Vec, y: PETSc.Vec) -> None:

@@ -47,22 +47,59 @@ class History:
         self.kind = kind
         rows, d = like.shape
         make = like.new_zeros if kept else like.new_empty
-        self.residuals, self.images = make(rows, window, d), make(rows, window, d)
+        # Column by column: what an iteration writes lies together.
+        self._residuals, self._images = make(window, rows, d), make(window, rows, d)
         self.gram = torch.zeros(samples.count, self.window, self.window, dtype=torch.float64, device=like.device)
         self.filled = 0
         self._next = 0
-        self._new: list[int] = []
+        self._new: list[int] = []  # columns that the Gram matrices do not have yet
+        self._waiting: list[int] = []  # columns whose differences of residuals are still to be taken, from the images
+        self._last_is_residual = False
         self.ridge = 10 * torch.finfo(like.dtype).eps if ridge is None else ridge
 
-    def slot(self) -> int:
-        """Return the column that the next differences go to, the oldest one, and count it as new."""
-        slot = self._next
+    @property
+    def residuals(self) -> Tensor:
+        """The columns Δr, ``(rows, m, d)``."""
+        return self._residuals.transpose(0, 1)
+
+    @property
+    def images(self) -> Tensor:
+        """The columns Δf, ``(rows, m, d)``."""
+        return self._images.transpose(0, 1)
+
+    def enter(self, z: Tensor, image: Tensor, before: tuple[Tensor, Tensor], *, plain: bool, soon: bool) -> Tensor:
+        """Enter an iteration's differences in place of the oldest ones, and return its residual.
+
+        Parameters
+        ----------
+        z, image
+            ``(rows, d)`` state and its image.
+        before
+            Image and residual of the last iteration.
+        plain
+            Whether z is the last image: the residual is the difference of the images then.
+        soon
+            Whether the Gram matrices take the new columns in before these are overwritten: differences of residuals that
+            stand in the columns of images may wait until then, to be taken all at once.
+        """
+        slot, previous = self._next, self._next - 1
         self._next = (slot + 1) % self.window
         self.filled = min(self.filled + 1, self.window)
         if slot in self._new:
             self._new.remove(slot)
         self._new.append(slot)
-        return slot
+        plain = plain and self.window > 1
+        if plain:
+            residual = torch.sub(image, z, out=self._images[slot])
+        else:
+            residual = image - z
+            torch.sub(image, before[0], out=self._images[slot])
+        if plain and self._last_is_residual and previous >= 0 and soon:
+            self._waiting.append(slot)
+        else:
+            torch.sub(residual, before[1], out=self._residuals[slot])
+        self._last_is_residual = plain
+        return residual
 
     def coefficients(self, residual: Tensor) -> Tensor:
         """Return γ by row, ``(rows, filled)``, of a residual ``(rows, d)``."""
@@ -90,6 +127,12 @@ class History:
         """Take the new differences into the Gram matrices: one row and column each."""
         if not self._new:
             return
+        if self._waiting:
+            first, last = self._waiting[0], self._waiting[-1]
+            torch.sub(
+                self._images[first : last + 1], self._images[first - 1 : last], out=self._residuals[first : last + 1]
+            )
+            self._waiting.clear()
         filled, first, count = self.filled, self._new[0], len(self._new)
         old = self.residuals[:, :filled]
         consecutive = self._new == list(range(first, first + count))
@@ -132,14 +175,16 @@ class History:
     def forget(self, which: Tensor) -> None:
         """Empty the history of some samples, given by truth values ``(B,)``."""
         rows = self.samples.spread(which)
-        self.residuals[rows] = 0.0
-        self.images[rows] = 0.0
+        self._residuals[:, rows] = 0.0
+        self._images[:, rows] = 0.0
         self.gram[which] = 0.0
 
     def clear(self) -> None:
         """Empty the history of all samples."""
         self.filled = self._next = 0
         self._new.clear()
+        self._waiting.clear()
+        self._last_is_residual = False
 
     def merge(self, part: History, names: Tensor, rows: Tensor) -> None:
         """Take over the columns of some samples from a history that was restricted to them.
@@ -152,13 +197,20 @@ class History:
             Its samples and rows, by their numbers here.
         """
         part._absorb()  # before samples leave whose Gram matrices would never hear of the newest columns
-        if part.residuals is not self.residuals:  # as they are before any restriction
-            self.residuals[rows], self.images[rows], self.gram[names] = part.residuals, part.images, part.gram
-        self.filled, self._next, self._new = part.filled, part._next, part._new
+        if part._residuals is not self._residuals:  # as they are before any restriction
+            filled = slice(part.filled)
+            self._residuals[filled, rows], self._images[filled, rows] = part._residuals[filled], part._images[filled]
+            self.gram[names] = part.gram
+        self.filled, self._next = part.filled, part._next
 
     def keep(self, keep: Tensor, rows: Tensor, samples: Samples) -> None:
         """Go on with some samples; arguments as in `SampleMap.restrict`."""
-        self.residuals = self.residuals.index_select(0, rows)
-        self.images = self.images.index_select(0, rows)
+        self._residuals = self._kept_columns(self._residuals, rows)
+        self._images = self._kept_columns(self._images, rows)
         self.gram = self.gram.index_select(0, keep)
         self.samples = samples
+
+    def _kept_columns(self, columns: Tensor, rows: Tensor) -> Tensor:
+        kept = columns.new_empty(self.window, len(rows), columns.shape[2])
+        torch.index_select(columns[: self.filled], 1, rows, out=kept[: self.filled])
+        return kept

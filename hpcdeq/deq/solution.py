@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from hpcdeq.petsc.solves import SolveRecord
+
+Trail = list[tuple[float, float, np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Solution:
         Evaluations of the cell, a sample in the mean.
     record
         PETSc's record of the solve.
-    history
-        Per iteration: evaluations so far (a sample in the mean), seconds, largest ‖f(z_i) - z_i‖ / ‖f(z_i)‖ of the
+    trail
+        Per iteration: evaluations so far (a sample in the mean), seconds, norms of f(z_i) - z_i and of f(z_i) of the
         samples at work.
     attempts
         What was tried, one line a solver: more than one where the first failed and a fallback went on.
@@ -43,8 +46,14 @@ class Solution:
     converged: Tensor
     evaluations: float
     record: SolveRecord
-    history: list[tuple[float, float, float]] = field(default_factory=list, repr=False)
+    trail: Trail = field(default_factory=list, repr=False)
     attempts: list[str] = field(default_factory=list)
+
+    @property
+    def history(self) -> list[tuple[float, float, float]]:
+        """Per iteration: evaluations so far (a sample in the mean), seconds, largest ‖f(z_i) - z_i‖ / ‖f(z_i)‖."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            return [(e, s, float(np.where(r == 0, 0.0, r / size).max())) for e, s, r, size in self.trail]
 
 
 def explain(solution: Solution) -> str:
