@@ -46,6 +46,12 @@ class TrainConfig:
         ``cpu`` or ``cuda``.
     chunk_size
         Samples that are evaluated together on a rank.
+    on_failure
+        What becomes of samples whose fixed point is not found: ``raise``, ``warn`` or ``mask``.
+    warm_start
+        Begin the fixed point of a sample where its last one was.
+    adaptive
+        Solve only as accurately as the optimiser's progress asks for.
     petsc
         PETSc options, names without the dash.
     """
@@ -63,10 +69,17 @@ class TrainConfig:
     dtype: str = "float64"
     device: str = "cpu"
     chunk_size: int = 512
+    on_failure: str = "raise"
+    warm_start: bool = True
+    adaptive: bool = True
     petsc: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, valid in (("dtype", ("float32", "float64")), ("device", ("cpu", "cuda"))):
+        for name, valid in (
+            ("dtype", ("float32", "float64")),
+            ("device", ("cpu", "cuda")),
+            ("on_failure", ("raise", "warn", "mask")),
+        ):
             if getattr(self, name) not in valid:
                 raise OptionError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(valid)}")
         for name, least in (("max_iterations", 0), ("chunk_size", 1), ("batch_size", 1), ("seed", 0)):
@@ -89,7 +102,7 @@ class TrainConfig:
 
 
 _TABLES = ("model_settings", "petsc")
-_TYPES = {"int": int, "float": (int, float), "str": str, "Mapping": dict}
+_TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "Mapping": dict}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -115,21 +128,25 @@ def read_config(path: str | Path) -> dict[str, Any]:
             hint = suggestion(name, fields, f"settings: {', '.join(fields)}")
             raise OptionError(f"configuration {path}: unknown setting {name!r}: {hint}")
         wanted = _TYPES[fields[name].split("[")[0].split(" ")[0]]
-        if isinstance(value, bool) or not isinstance(value, wanted):  # type: ignore[arg-type]
+        if isinstance(value, bool) != (wanted is bool) or not isinstance(value, wanted):  # type: ignore[arg-type]
             raise OptionError(f"configuration {path}: {name} is {value!r}, which is no {fields[name].split(' ')[0]}")
     return settings
 
 
 def as_toml(config: TrainConfig) -> str:
     """Return the configuration as TOML text that `read_config` takes. Not collective."""
-    lines = ["# python -m hpcdeq.train config.toml --out DIR repeats this run"]
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        if entry.name not in _TABLES and value is not None:
-            lines.append(f"{entry.name} = {_literal(value)}")
+    settings = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
+    return settings_as_toml(settings, "python -m hpcdeq.train config.toml --out DIR repeats this run")
+
+
+def settings_as_toml(settings: Mapping[str, Any], comment: str) -> str:
+    """Return some settings, by their names in `TrainConfig`, as TOML text; None is left out. Not collective."""
+    lines = [f"# {comment}"]
+    lines += [f"{k} = {_literal(v)}" for k, v in settings.items() if k not in _TABLES and v is not None]
     for name in _TABLES:
-        lines += ["", f"[{name}]"]
-        lines += [f"{json.dumps(key)} = {_literal(value)}" for key, value in sorted(getattr(config, name).items())]
+        if name in settings:
+            lines += ["", f"[{name}]"]
+            lines += [f"{json.dumps(key)} = {_literal(value)}" for key, value in sorted(settings[name].items())]
     return "\n".join(lines) + "\n"
 
 

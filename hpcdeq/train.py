@@ -34,6 +34,8 @@ EMBEDDED_SAMPLES = 1000
 # tighter (hpcdeq.deq.forward.TOLERANCES); single precision keeps theirs. A trial point that needs more than a hundred
 # iterations is better rejected.
 TRAINING_OPTIONS = {"deq_snes_rtol": "1e-8", "deq_snes_max_it": "100", "deq_ksp_rtol": "1e-6"}
+# Rejected, and not tried with other solvers: the optimiser's next trial point is cheaper.
+NO_FALLBACK = {"deq_snes_fallback": "none"}
 PREFIXES = ("tao_", "deq_")  # what an option of PETSc's must begin with
 
 EPILOG = """\
@@ -51,7 +53,9 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog=PROGRAM, description=(__doc__ or "").strip(), epilog=EPILOG)
     parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help="settings; options on the command line win")
     parser.add_argument("--data", metavar="FILE.h5", help="dataset of hpcdeq.prepare (default: the embedded problem)")
-    parser.add_argument("--model", metavar="NAME", help="mlp_deq or graph_deq (default: what the data needs)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="mlp_deq, monotone_deq, conv_deq or graph_deq (default: by the data)"
+    )
     parser.add_argument("--optimizer", metavar="NAME", help="trgn (default), lbfgs, newton, adam or tao:TYPE")
     parser.add_argument("--out", metavar="DIR", help="run directory (default: a new one below runs/)")
     parser.add_argument("--max-iterations", type=int, metavar="N", help="steps, or epochs of adam (default 100)")
@@ -62,6 +66,14 @@ def build_parser() -> CommandParser:
     parser.add_argument("--seed", type=int, metavar="S", help="of weights and batches (default 0)")
     parser.add_argument("--dtype", metavar="float32|float64", help="default float64")
     parser.add_argument("--device", metavar="cpu|cuda", help="default cpu")
+    parser.add_argument(
+        "--on-failure",
+        metavar="POLICY",
+        help="samples without fixed point: raise (default), warn, mask (leave them out)",
+    )
+    yes_or_no = argparse.BooleanOptionalAction
+    parser.add_argument("--warm-start", action=yes_or_no, help="begin fixed points at the last ones (default)")
+    parser.add_argument("--adaptive", action=yes_or_no, help="solve only as accurately as progress asks (default)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser
 
@@ -83,6 +95,7 @@ def resolve(options: argparse.Namespace, petsc: list[str]) -> TrainConfig:
         settings = {**EMBEDDED_SETTINGS, **settings}
     if settings.get("dtype", "float64") == "float64":
         settings["petsc"] = {**TRAINING_OPTIONS, **settings["petsc"]}
+    settings["petsc"] = {**NO_FALLBACK, **settings["petsc"]}
     return TrainConfig(**settings)
 
 
@@ -208,7 +221,15 @@ class Training:
         self.config = dataclasses.replace(config, model=self.model_name, model_settings=dataclasses.asdict(settings))
         loss = next(loss for loss in LOSSES.values() if loss.task == train.task)
         return TrainingProblem(
-            model, train, loss, self.comm, chunk_size=config.chunk_size, weight_decay=config.weight_decay
+            model,
+            train,
+            loss,
+            self.comm,
+            chunk_size=config.chunk_size,
+            weight_decay=config.weight_decay,
+            warm_start=config.warm_start,
+            adaptive=config.adaptive,
+            on_failure=config.on_failure,
         )
 
     # ----------------------------------------------------------------------------------------------------- run
@@ -248,6 +269,7 @@ class Training:
                 self.history.close()
         unread = unused_options(PREFIXES)
         self._finish(result)
+        self._say(self._report_solves())
         if unread:
             self._say(f"note: given but read by no solver of this run: {', '.join(unread)}")
         return result
@@ -265,6 +287,22 @@ class Training:
             f"optimizer  {self.config.optimizer} on {self.comm.size} ranks\n"
             f"options    {preset}\n"
         )
+
+    def _report_solves(self) -> str:
+        """Say how fixed points and their derivatives were solved for in the end."""
+        lines = [
+            f"layer {name}: derivatives by {method}"
+            for name, layer in self.problem.guidance.layers.items()
+            for method in layer.methods
+        ]
+        accuracy = self.problem.accuracy
+        if accuracy is not None and accuracy.measured:
+            error = max(e for _, _, e in accuracy.measured)
+            lines.append(
+                f"accuracy of solves: relative tolerance {accuracy.tolerance:.1e} in the end, error of the gradient measured"
+                f" {len(accuracy.measured)} times, at most {error:.1e}; --no-adaptive solves as the options say"
+            )
+        return "\n".join(lines)
 
     def _adam_settings(self) -> Any:
         from hpcdeq.optim.adam import AdamSettings

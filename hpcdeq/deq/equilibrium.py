@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from hpcdeq.deq.samples import Samples
 from hpcdeq.deq.solution import Solution
 from hpcdeq.deq.warm import Guesses
 from hpcdeq.deq.work import Work
+from hpcdeq.errors import ConvergenceError
 from hpcdeq.petsc.options import Options
 
 
@@ -26,6 +28,8 @@ class Log:
     ----------
     method
         In words: how the last tangent or adjoint system was solved, and why so.
+    methods
+        All that there have been, by how many solves were expected.
     solves_before
         Tangent and adjoint solves at the fixed point that last had any.
     tangent_state
@@ -37,6 +41,7 @@ class Log:
     adjoint: LinearSolution | None = None
     tangent: LinearSolution | None = None
     method: str = ""
+    methods: dict[int, str] = field(default_factory=dict)
     solves_before: int = 1
     tangent_state: Tensor | None = None
 
@@ -77,6 +82,8 @@ class Equilibrium:
         Whether a derivative will be asked for: the last evaluation of the forward solve then is the linearisation.
     help
         What the caller knows beforehand.
+    on_failure
+        ``raise`` or ``warn``.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class Equilibrium:
         *,
         differentiated: bool,
         help: Help | None = None,
+        on_failure: str = "raise",
     ) -> None:
         self.function = function
         self.sample_index = sample_index
@@ -95,6 +103,7 @@ class Equilibrium:
         self.log = log
         self.differentiated = differentiated
         self.help = help or Help()
+        self.on_failure = on_failure
         self._at: Linearisation | None = None
         self._linear: LinearSolver | None = None
         self._done = 0
@@ -122,7 +131,12 @@ class Equilibrium:
         solver.loosened = self.help.loosened[0]
         self.log.solution = None
         self.log.solution = solver.solve(z0.detach(), evaluate)
-        solver.checked(self.log.solution)
+        try:
+            solver.checked(self.log.solution)
+        except ConvergenceError as error:
+            if self.on_failure == "raise":
+                raise
+            warnings.warn(f"unconverged states are used: {error}", stacklevel=2)
         self._tensors = list(tensors)
         self._history = solver.history
         self._value = self.log.solution.value
@@ -172,7 +186,7 @@ class Equilibrium:
                 self.log.tangent_state = answer
             return answer
         finally:
-            self.log.method = linear.method
+            self.log.method = self.log.methods[linear.solves] = linear.method
             if transpose:
                 self.log.adjoint = linear.outcome
             else:

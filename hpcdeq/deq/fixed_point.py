@@ -17,8 +17,9 @@ from hpcdeq.deq.inexact import INEXACT
 from hpcdeq.deq.linear import LinearSolution
 from hpcdeq.deq.samples import Samples
 from hpcdeq.deq.solution import Solution
+from hpcdeq.deq.spectrum import contraction, spectral_radius
 from hpcdeq.deq.work import Work
-from hpcdeq.errors import HpcdeqError, ShapeError
+from hpcdeq.errors import HpcdeqError, OptionError, ShapeError
 from hpcdeq.petsc.options import Options, Value
 
 SampleIndex = Callable[[Any], Tensor]
@@ -42,6 +43,9 @@ class FixedPoint(nn.Module):
     sample_index
         ``sample_index(x) -> (rows,)`` sample of each leading row of z, where a sample has several rows (the atoms of a
         graph). Default: each row is a sample. Convergence is judged for each sample.
+    on_failure
+        ``raise``, or ``warn``: states that did not converge are returned with a warning, and ``solution.converged`` says
+        which. (A `TrainingProblem` can leave such samples out of its loss instead.)
 
     Attributes
     ----------
@@ -60,12 +64,16 @@ class FixedPoint(nn.Module):
         petsc_prefix: str = "deq_",
         options: Mapping[str, Value] | None = None,
         sample_index: SampleIndex | None = None,
+        on_failure: str = "raise",
     ) -> None:
         super().__init__()
         self.cell = cell
         self.options = Options(petsc_prefix, options)
         self.sample_index = sample_index
         self._log = Log(Work())
+        if on_failure not in ("raise", "warn"):
+            raise OptionError(f"on_failure is {on_failure!r}: choose raise or warn")
+        self.on_failure: str = on_failure
         self.help = Help()
         self._checked = False
 
@@ -90,6 +98,11 @@ class FixedPoint(nn.Module):
         return self._log.method
 
     @property
+    def methods(self) -> list[str]:
+        """All methods that tangent and adjoint systems were solved by so far."""
+        return list(self._log.methods.values())
+
+    @property
     def inexact(self) -> str | None:
         """The inexact adjoint (jfb, phantom, shine) that the options choose; None: derivatives are exact."""
         kind = self.options.chosen("ksp_type")
@@ -99,6 +112,24 @@ class FixedPoint(nn.Module):
     def tangent_state(self) -> Tensor | None:
         """The last tangent dz, in the shape of the state."""
         return self._log.tangent_state
+
+    def spectral_radius(self, x: Any, steps: int = 30) -> Tensor:
+        """Return an estimate of the spectral radius of J at each sample's fixed point, ``(B,)``; see `spectral_radius`.
+
+        Not collective.
+        """
+        with torch.no_grad():
+            z = self(x)
+        return spectral_radius(self.cell, x, z, sample_index=self.sample_index, steps=steps)
+
+    def contraction(self, x: Any, steps: int = 30) -> Tensor:
+        """Return an estimate, from below, of ‖J‖₂ at each sample's fixed point, ``(B,)``; see `contraction`.
+
+        Not collective.
+        """
+        with torch.no_grad():
+            z = self(x)
+        return contraction(self.cell, x, z, sample_index=self.sample_index, steps=steps)
 
     @property
     def work(self) -> Work:
@@ -126,7 +157,9 @@ class FixedPoint(nn.Module):
         if torch.is_grad_enabled() and not self._checked:
             self._check_no_hidden_tensors(function, z0, tensors)
         index = None if self.sample_index is None else self.sample_index(x)
-        equilibrium = Equilibrium(function, index, self.options, self._log, differentiated=tracked, help=help)
+        equilibrium = Equilibrium(
+            function, index, self.options, self._log, differentiated=tracked, help=help, on_failure=self.on_failure
+        )
         return FixedPointFunction.apply(equilibrium, z0, *tensors)
 
     def _check_no_hidden_tensors(self, function: Any, z0: Tensor, tensors: list[Tensor]) -> None:

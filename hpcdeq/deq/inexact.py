@@ -61,7 +61,7 @@ class InexactAdjoint:
 
 
 class JacobianFree(InexactAdjoint):
-    """``jfb``: the last iteration alone is differentiated."""
+    """``jfb``: the last iteration alone is differentiated. Not collective, every method."""
 
     def approximation(self, problem: LinearProblem, g: Tensor) -> Tensor:
         """Return g."""
@@ -69,7 +69,7 @@ class JacobianFree(InexactAdjoint):
 
 
 class Phantom(InexactAdjoint):
-    """``phantom``: k = ``-ksp_phantom_steps`` damped iterations (5), λ = ``-ksp_phantom_damping`` (1.0)."""
+    """``phantom``: k = ``-ksp_phantom_steps`` damped iterations (5), λ = ``-ksp_phantom_damping`` (1.0). Not collective."""
 
     steps = 5
     damping = 1.0
@@ -95,7 +95,7 @@ class Phantom(InexactAdjoint):
 
 
 class Shine(InexactAdjoint):
-    """``shine``: the quasi-Newton inverse that the forward solve built."""
+    """``shine``: the quasi-Newton inverse that the forward solve built. Not collective, every method."""
 
     def approximation(self, problem: LinearProblem, g: Tensor) -> Tensor:
         """Return Hᵀ g."""

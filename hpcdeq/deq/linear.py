@@ -123,7 +123,7 @@ class LinearSolver:
         self.work = work
         self.outcome: LinearSolution | None = None
         self.method = ""
-        self._solves, self._iterations = max(solves, 1), max(iterations, ITERATIONS)
+        self.solves, self._iterations = max(solves, 1), max(iterations, ITERATIONS)
         self._solver: tuple[str, PETSc.KSP] | None = None
         self._problem = LinearProblem(at, cell, samples, work, history)
         self.loosened = 0.0
@@ -203,9 +203,9 @@ class LinearSolver:
         count = self.samples.count
         size = self.at.z.numel() // max(count, 1)
         needed = 2 * count * size**2 * self.at.z.element_size()
-        direct = assembly_cost(size) + self._solves * substitution_cost(size)
-        iterative = self._solves * self._iterations * PRODUCT
-        expected = f"{self._solves} solves of {self._iterations:.0f} iterations"
+        direct = assembly_cost(size) + self.solves * substitution_cost(size)
+        iterative = self.solves * self._iterations * PRODUCT
+        expected = f"{self.solves} solves of {self._iterations:.0f} iterations"
         if self.samples.index is None and needed <= DENSE_BYTES and direct <= iterative:
             self.method = (
                 f"dense LU factors: {size} numbers a sample, {expected} expected; -deq_ksp_type {ITERATIVE} iterates"

@@ -108,6 +108,12 @@ def _check(
         raise OptionError(f"settings of adam do not go with {method}: it works on all samples at once")
     if preset.least_squares:
         LeastSquares(problem)
+    for name, fixed_point in problem.guidance.layers.items():
+        if fixed_point.inexact:
+            raise OptionError(
+                f"{method} needs exact derivatives, and the fixed point {name} has the inexact adjoint"
+                f" {fixed_point.inexact}: leave -deq_ksp_type out, or use adam"
+            )
     layer = problem.randomness()
     if layer is not None:
         raise OptionError(

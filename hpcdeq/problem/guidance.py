@@ -41,7 +41,7 @@ class Guidance:
 
     @contextlib.contextmanager
     def batch(
-        self, ids: Sequence[int], p: Tensor, *, chunk: int | None = None, products: bool = False
+        self, ids: Sequence[int], p: Tensor, *, chunk: int | None = None, products: bool = False, place: str = ""
     ) -> Iterator[None]:
         """Tell the layers, inside a ``with`` block, what is known of a batch.
 
@@ -55,23 +55,21 @@ class Guidance:
             Its number among the chunks of the whole set; None: another batch.
         products
             Whether many products will be asked for at this point.
+        place
+            Name of another set of samples, which is solved for as accurately as the options say.
         """
         mix = self._mixture(p) if chunk is not None and not products else None
         for name, layer in self.layers.items():
             guesses = None
             if self.cache is not None:
                 predicted = self._predict(mix, chunk, name) if mix is not None and chunk is not None else None
-                guesses = Guesses(self.cache, name, ids, predicted)
-            layer.help = Help(2 * PRODUCTS if products else 1, guesses, self.loosened)
+                guesses = Guesses(self.cache, name + place, ids, predicted)
+            layer.help = Help(2 * PRODUCTS if products else 1, guesses, (0.0, 0.0) if place else self.loosened)
         try:
             yield
         finally:
-            self.silence()
-
-    def silence(self) -> None:
-        """Tell the layers nothing: what they do next is not on samples of the problem."""
-        for layer in self.layers.values():
-            layer.help = Help()
+            for layer in self.layers.values():
+                layer.help = Help()
 
     def linearised_at(self, p: Tensor) -> None:
         """Note that products will be taken at a new point."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcdeq import parallel
-from hpcdeq.data import GraphBatch, SampleSource, TensorDataset
+from hpcdeq.data import SampleSource, TensorDataset
 from hpcdeq.errors import ConvergenceError, DataError, OptionError
 from hpcdeq.problem.accuracy import Accuracy
 from hpcdeq.problem.counts import Accounts
@@ -21,6 +20,7 @@ from hpcdeq.problem.linearised import Linearised, leaves, outputs_of
 from hpcdeq.problem.losses import Loss, loss_named
 from hpcdeq.problem.memory import fair_share, process_bytes
 from hpcdeq.problem.parameters import ParameterLayout
+from hpcdeq.problem.visits import Visits
 
 CHUNK_SIZE = 512
 Result = TypeVar("Result")
@@ -60,6 +60,8 @@ class TrainingProblem:
         iterate (they are then made anew each time). Default: half of the host's memory, shared among its ranks.
     warm_start
         Begin the fixed point of a sample where its last one was. At most an eighth of the memory limit is used for that.
+    on_failure
+        What becomes of samples whose fixed point is not found; see `Visits`. With ``mask`` F is the mean over the others.
     adaptive
         Solve only as accurately as an optimiser's progress asks for; see `Accuracy`. Without an optimiser, and in
         `evaluate`, the tolerances are those of the options.
@@ -82,9 +84,8 @@ class TrainingProblem:
         memory_limit: int | None = None,
         warm_start: bool = True,
         adaptive: bool = True,
+        on_failure: str = "raise",
     ) -> None:
-        if chunk_size < 1:
-            raise OptionError(f"chunk_size is {chunk_size}: give 1 or more samples")
         if not weight_decay >= 0:
             raise OptionError(f"weight_decay is {weight_decay}: give a number that is not negative")
         self.model = model
@@ -94,11 +95,12 @@ class TrainingProblem:
         if self.dataset.count == 0:
             raise DataError("the training set has no samples")
         self.weight_decay = weight_decay
-        self.chunk_size = chunk_size
         self.layout = ParameterLayout(model, comm)
         self.accounts = Accounts(model, comm)
         self.memory_limit = fair_share(comm) if memory_limit is None else memory_limit
         self.guidance = Guidance(model, self.memory_limit // 8 if warm_start else 0)
+        self.visits = Visits(self.dataset, self.layout, self.guidance, chunk_size, on_failure)
+        self.left_out = 0
         self.accuracy = Accuracy() if adaptive and self.guidance.layers else None
         self._point: Tensor | None = None
         self._kept: dict[int, Linearised] = {}
@@ -120,8 +122,7 @@ class TrainingProblem:
             Global numbers of the samples to average over, the same on all ranks; None: all.
         """
         own, error = self._guarded(lambda: self._local_loss(p, rows))
-        (total,) = parallel.sum_or_raise(self.comm, np.array([own or 0.0]), error)
-        return float(total) / self._size(rows) + self._decay(p)
+        return self._summed(own or 0.0, error) / self._size(rows) + self._decay(p)
 
     def loss_and_gradient(self, p: Tensor, rows: np.ndarray | None = None) -> tuple[float, Tensor]:
         """Return F(p) and its gradient ``(n,)`` on every rank. Arguments as in `loss`."""
@@ -161,7 +162,7 @@ class TrainingProblem:
             ``gauss_newton`` or ``hessian``.
         """
         own = self._local_product(p, v, f"{curvature}_products")
-        return self.layout.scatter_sum(own) / self.dataset.count + self.weight_decay * self._block(v)
+        return self.layout.scatter_sum(own) / self._size(None) + self.weight_decay * self._block(v)
 
     # ----------------------------------------------------------------------------------------------- accuracy
 
@@ -197,7 +198,7 @@ class TrainingProblem:
             parts = []
             for tolerance in (self.guidance.loosened, (0.0, 0.0)):
                 self.guidance.loosened = tolerance
-                parts.append(self._sums(p, itertools.islice(self._chunks(p, None), 1))[1])
+                parts.append(self._sums(p, None, most=1)[1])
             loose, tight = parts
             norm = float(tight.norm())
             return float((loose - tight).norm()) / norm if norm else 0.0
@@ -209,16 +210,16 @@ class TrainingProblem:
     def evaluate(self, p: Tensor, dataset: SampleSource) -> Evaluation:
         """Return mean loss and metric on a set of samples; NaN where a fixed point was not found. Not counted."""
         pieces = self.layout.unflatten(p)
-        self.guidance.silence()
 
         def local() -> list[float]:
             sums = np.zeros(3)
             with torch.no_grad():
-                for start in range(0, len(dataset), self.chunk_size):
-                    rows = slice(start, min(start + self.chunk_size, len(dataset)))
-                    inputs, targets = self._move(*dataset.batch(rows))
+                for start in range(0, len(dataset), self.visits.chunk_size):
+                    rows = slice(start, min(start + self.visits.chunk_size, len(dataset)))
+                    inputs, targets = self.visits.move(*dataset.batch(rows))
                     try:
-                        outputs = outputs_of(self.model, self.layout.names, pieces, inputs)
+                        with self.guidance.batch(range(rows.start, rows.stop), p, place=f"/{id(dataset)}"):
+                            outputs = outputs_of(self.model, self.layout.names, pieces, inputs)
                     except ConvergenceError:
                         return [float("nan")] * 3
                     self.loss_function.check(outputs, targets)
@@ -266,15 +267,23 @@ class TrainingProblem:
             self._point = p.detach().clone()
             self.guidance.linearised_at(self._point)
         pieces = self.layout.unflatten(p)
-        for i in range(self._chunk_count()):
-            if i in self._kept:
-                yield self._kept[i]
-                continue
-            with self.guidance.batch(self._ids(i), p, chunk=i, products=True):
-                at = Linearised(self.model, self.layout.names, pieces, *self._chunk(i), self.loss_function)
-            self.guidance.keep_states(i)
-            if process_bytes() < self.memory_limit:
-                self._kept[i] = at
+        for i in range(self.visits.chunk_count):
+            at = self._kept.get(i)
+            if at is None:
+                at = self.visits.visit(
+                    p,
+                    self.visits.chunk(i),
+                    i,
+                    lambda inputs, targets: Linearised(
+                        self.model, self.layout.names, pieces, inputs, targets, self.loss_function
+                    ),
+                    products=True,
+                )
+                if at is None:
+                    continue
+                self.guidance.keep_states(i)
+                if process_bytes() < self.memory_limit:
+                    self._kept[i] = at
             yield at
 
     def agreed(self, local: Callable[[], Result]) -> Result:
@@ -292,7 +301,10 @@ class TrainingProblem:
     # --------------------------------------------------------------------------------------------------- local
 
     def _size(self, rows: np.ndarray | None) -> int:
-        return self.dataset.count if rows is None else len(rows)
+        size = (self.dataset.count if rows is None else len(rows)) - self.left_out
+        if not size:
+            raise ConvergenceError("no sample has a fixed point: nothing is left of the loss", agreed=True)
+        return size
 
     def _decay(self, p: Tensor) -> float:
         return 0.5 * self.weight_decay * float(p.double() @ p.double()) if self.weight_decay else 0.0
@@ -309,69 +321,48 @@ class TrainingProblem:
         except Exception as error:  # whatever it is: the other ranks must hear of it before this one raises
             return None, error
 
-    def _chunks(self, p: Tensor, rows: np.ndarray | None) -> Iterator[tuple[Any, Tensor]]:
-        """Yield this rank's batches, the layers being told what is known of each."""
-        if rows is None:
-            for i in range(self._chunk_count()):
-                with self.guidance.batch(self._ids(i), p, chunk=i):
-                    yield self._chunk(i)
-            return
-        first = self.dataset.offset
-        own = np.sort(rows[(rows >= first) & (rows < first + len(self.dataset))] - first)
-        for start in range(0, len(own), self.chunk_size):
-            chosen = own[start : start + self.chunk_size]
-            with self.guidance.batch(chosen.tolist(), p):
-                yield self._move(*self.dataset.batch(torch.from_numpy(chosen)))
-
-    def _ids(self, i: int) -> range:
-        return range(i * self.chunk_size, min((i + 1) * self.chunk_size, len(self.dataset)))
-
-    def _chunk_count(self) -> int:
-        return -(-len(self.dataset) // self.chunk_size)
-
-    def _chunk(self, i: int) -> tuple[Any, Tensor]:
-        ids = self._ids(i)
-        return self._move(*self.dataset.batch(slice(ids.start, ids.stop)))
-
-    def _move(self, inputs: Tensor | GraphBatch, targets: Tensor) -> tuple[Tensor | GraphBatch, Tensor]:
-        """Return a batch in the model's precision, on its device; class numbers stay whole."""
-        dtype, device = self.layout.dtype, self.layout.device
-        whole = not targets.is_floating_point()
-        return inputs.to(dtype=dtype, device=device), targets.to(device) if whole else targets.to(
-            dtype=dtype, device=device
-        )
+    def _summed(self, own: float, error: Exception | None) -> float:
+        """Return the sum of a value over the ranks, and learn how many samples were left out of it."""
+        sums = parallel.sum_or_raise(self.comm, np.array([own, float(self.visits.left_out)]), error)
+        self.left_out = int(sums[1])
+        return float(sums[0])
 
     def _local_loss(self, p: Tensor, rows: np.ndarray | None) -> float:
         pieces = self.layout.unflatten(p)
-        total = 0.0
+
+        def value(inputs: Any, targets: Tensor) -> float:
+            outputs = outputs_of(self.model, self.layout.names, pieces, inputs)
+            self.loss_function.check(outputs, targets)
+            self.accounts.own.losses += len(targets)
+            return float(self.loss_function.total(outputs, targets))
+
         with torch.no_grad():
-            for inputs, targets in self._chunks(p, rows):
-                outputs = outputs_of(self.model, self.layout.names, pieces, inputs)
-                self.loss_function.check(outputs, targets)
-                total += float(self.loss_function.total(outputs, targets))
-                self.accounts.own.losses += len(targets)
-        return total
+            return sum(self.visits.each(p, rows, value))
 
     def _local_gradient(self, p: Tensor, rows: np.ndarray | None) -> tuple[float, Tensor]:
-        own, error = self._guarded(lambda: self._sums(p, self._chunks(p, rows)))
-        (total,) = parallel.sum_or_raise(self.comm, np.array([own[0] if own else 0.0]), error)
+        own, error = self._guarded(lambda: self._sums(p, rows))
+        total = self._summed(own[0] if own else 0.0, error)
         assert own is not None
-        return float(total), own[1]
+        return total, own[1]
 
-    def _sums(self, p: Tensor, batches: Iterator[tuple[Any, Tensor]]) -> tuple[float, Tensor]:
-        """Return the sums of losses and gradients over batches of this rank."""
+    def _sums(self, p: Tensor, rows: np.ndarray | None, most: int | None = None) -> tuple[float, Tensor]:
+        """Return the sums of losses and gradients over this rank's batches, or the first of them."""
         pieces = self.layout.unflatten(p)
-        total, gradient = 0.0, self._zeros()
-        for inputs, targets in batches:
+
+        def value_and_gradient(inputs: Any, targets: Tensor) -> tuple[float, Tensor]:
             weights = leaves(pieces)
             with torch.enable_grad():
                 outputs = outputs_of(self.model, self.layout.names, weights, inputs)
                 self.loss_function.check(outputs, targets)
                 value = self.loss_function.total(outputs, targets)
             parts = torch.autograd.grad(value, weights, allow_unused=True)
-            gradient += self.layout.flatten(parts)
-            total += float(value.detach())
             self.accounts.own.gradients += len(targets)
+            return float(value.detach()), self.layout.flatten(parts)
+
+        total, gradient = 0.0, self._zeros()
+        for value, part in self.visits.each(p, rows, value_and_gradient, most):
+            total += value
+            gradient += part
         return total, gradient
 
     def _local_product(self, p: Tensor, v: Tensor, kind: str) -> Tensor:
@@ -393,4 +384,4 @@ class TrainingProblem:
 
     def _replicated(self, own: Tensor, v: Tensor) -> Tensor:
         total = torch.from_numpy(parallel.sum_over_ranks(self.comm, own.double().cpu().numpy()))
-        return total.to(v) / self.dataset.count + self.weight_decay * v
+        return total.to(v) / self._size(None) + self.weight_decay * v

@@ -1,0 +1,129 @@
+"""This rank's samples, batch by batch, and what becomes of those whose fixed points are not found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcdeq.data import GraphBatch, SampleSource
+from hpcdeq.errors import ConvergenceError, OptionError
+from hpcdeq.problem.guidance import Guidance
+from hpcdeq.problem.parameters import ParameterLayout
+
+RAISE, WARN, MASK = POLICIES = ("raise", "warn", "mask")
+Result = TypeVar("Result")
+
+
+class Visits:
+    """Batches of this rank's samples in the model's precision, on its device.
+
+    Not collective, every method.
+
+    Parameters
+    ----------
+    dataset
+        Where they come from.
+    layout
+        Says precision and device.
+    guidance
+        Is told which samples are visited, and where.
+    chunk_size
+        Samples of a batch.
+    on_failure
+        ``raise``: a sample without a fixed point ends the evaluation. ``warn``: its unconverged state is used, with a
+        warning. ``mask``: it is left out, and counted.
+
+    Attributes
+    ----------
+    left_out
+        Samples that the present evaluation has left out so far.
+    """
+
+    def __init__(
+        self, dataset: SampleSource, layout: ParameterLayout, guidance: Guidance, chunk_size: int, on_failure: str
+    ) -> None:
+        if chunk_size < 1:
+            raise OptionError(f"chunk_size is {chunk_size}: give 1 or more samples")
+        if on_failure not in POLICIES:
+            raise OptionError(f"on_failure is {on_failure!r}: choose one of {', '.join(POLICIES)}")
+        self.dataset = dataset
+        self.layout = layout
+        self.guidance = guidance
+        self.chunk_size = chunk_size
+        self.on_failure = on_failure
+        self.left_out = 0
+        for layer in guidance.layers.values():
+            layer.on_failure = WARN if on_failure == WARN else RAISE
+
+    @property
+    def chunk_count(self) -> int:
+        """Batches that all samples of this rank make."""
+        return -(-len(self.dataset) // self.chunk_size)
+
+    def chunk(self, i: int) -> range:
+        """Return the numbers of the samples of a chunk."""
+        return range(i * self.chunk_size, min((i + 1) * self.chunk_size, len(self.dataset)))
+
+    def each(
+        self, p: Tensor, rows: np.ndarray | None, compute: Callable[[Any, Tensor], Result], most: int | None = None
+    ) -> Iterator[Result]:
+        """Yield what is computed of batches at weights p.
+
+        Parameters
+        ----------
+        p
+            ``(n,)`` weights.
+        rows
+            Global numbers of samples; None: all.
+        compute
+            ``compute(inputs, targets)``.
+        most
+            Batches to stop after; None: no bound.
+        """
+        self.left_out = 0
+        if rows is None:
+            batches: list[tuple[Sequence[int], int | None]] = [(self.chunk(i), i) for i in range(self.chunk_count)]
+        else:
+            first = self.dataset.offset
+            own = np.sort(rows[(rows >= first) & (rows < first + len(self.dataset))] - first).tolist()
+            batches = [(own[k : k + self.chunk_size], None) for k in range(0, len(own), self.chunk_size)]
+        for ids, number in batches[:most]:
+            result = self.visit(p, ids, number, compute)
+            if result is not None:
+                yield result
+
+    def visit(
+        self,
+        p: Tensor,
+        ids: Sequence[int],
+        number: int | None,
+        compute: Callable[[Any, Tensor], Result],
+        *,
+        products: bool = False,
+    ) -> Result | None:
+        """Return what is computed of one batch, None if it had to leave out every sample; arguments as in `Guidance.batch`."""
+        while len(ids):
+            rows = slice(ids.start, ids.stop) if isinstance(ids, range) else torch.tensor(ids)
+            inputs, targets = self.move(*self.dataset.batch(rows))
+            try:
+                with self.guidance.batch(ids, p, chunk=number, products=products):
+                    return compute(inputs, targets)
+            except ConvergenceError as error:
+                good = getattr(error.record, "converged", None)
+                if self.on_failure != MASK or good is None or len(good) != len(ids) or bool(good.all()):
+                    raise
+                ids, number = [i for i, fine in zip(ids, good.tolist(), strict=True) if fine], None
+                self.left_out += int((~good).sum())
+        return None
+
+    def move(self, inputs: Tensor | GraphBatch, targets: Tensor) -> tuple[Tensor | GraphBatch, Tensor]:
+        """Return a batch in the model's precision, on its device; class numbers stay whole."""
+        dtype, device = self.layout.dtype, self.layout.device
+        whole = not targets.is_floating_point()
+        return inputs.to(dtype=dtype, device=device), targets.to(device) if whole else targets.to(
+            dtype=dtype, device=device
+        )
