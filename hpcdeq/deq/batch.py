@@ -14,7 +14,7 @@ from hpcdeq.deq.history import History
 from hpcdeq.deq.samples import SampleMap, Samples
 from hpcdeq.errors import HpcdeqError
 from hpcdeq.petsc import PETSc
-from hpcdeq.petsc.vectors import copy_from_vector, copy_to_vector, read_view, shaped_read
+from hpcdeq.petsc.vectors import copy_from_vector, copy_to_vector, read_view
 
 NANORINF = (
     "DIVERGED_FUNCTION_NANORINF"
@@ -256,6 +256,8 @@ class Batch:
         The cell.
     like
         A tensor of the state's shape, precision and device.
+    start
+        Initial state where the vector does not hold it: then state and answer stay on their device.
     retain
         Whether what the solver learns of the Jacobian is kept for the whole batch.
     evaluated_again
@@ -269,7 +271,16 @@ class Batch:
         Differences of residuals and images near the fixed point, where they were to be retained and there are any.
     """
 
-    def __init__(self, map: SampleMap, like: Tensor, *, retain: bool = False, evaluated_again: bool = False) -> None:
+    def __init__(
+        self,
+        map: SampleMap,
+        like: Tensor,
+        *,
+        start: Tensor | None = None,
+        retain: bool = False,
+        evaluated_again: bool = False,
+    ) -> None:
+        self.start = start
         self.evaluated_again = evaluated_again
         self.map = map
         self.like = like
@@ -305,8 +316,7 @@ class BatchSolver:
         """Solve from the state in x, and leave the answer there."""
         batch = snes.appctx if isinstance(snes.appctx, Batch) else _whole_vector(snes, b, x)
         rtol, atol, _, most = snes.getTolerances()
-        with shaped_read(x, batch.like) as start:
-            z0 = start.clone()
+        z0 = copy_from_vector(x, batch.like) if batch.start is None else batch.start
         prefix = snes.getOptionsPrefix() or ""
         watched = bool(snes.getMonitor()) or any(
             name.startswith(prefix + "snes_monitor") for name in PETSc.Options().getAll()
@@ -325,7 +335,8 @@ class BatchSolver:
 
             reason = iteration.run(watch)
             self.finish(batch)
-            copy_to_vector(iteration.outcome.value, x)
+            if batch.start is None or watched:
+                copy_to_vector(iteration.outcome.value, x)
         snes.setConvergedReason(getattr(PETSc.SNES.ConvergedReason, reason))
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hpcdeq.deq.resolvent import ResolventMatrix
+from hpcdeq.deq.systems import LinearProblem, TensorSolver
 from hpcdeq.errors import OptionError
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.vectors import copy_to_vector, shaped_read
@@ -42,6 +43,23 @@ class Factors:
         return torch.linalg.lu_solve(self._lu, self._pivots, right[:, :, None])[:, :, 0]
 
 
+def refuse_ragged(context: object, option: str) -> None:
+    """Refuse a matrix without blocks of one size.
+
+    Not collective.
+
+    Raises
+    ------
+    OptionError
+        The matrix is none of a fixed point, or its samples have several rows each.
+    """
+    if not isinstance(context, ResolventMatrix) or context.samples.index is not None:
+        raise OptionError(
+            f"{option} needs a state with one row a sample: samples of several rows, such as graphs, have no dense blocks of"
+            " one size; use -deq_ksp_type batched_anderson or gmres"
+        )
+
+
 class BatchedLU:
     """Context of a PC of python type: ``-pc_type batched_lu``. Not collective, every method.
 
@@ -54,11 +72,7 @@ class BatchedLU:
     def setUp(self, pc: PETSc.PC) -> None:  # noqa: N802 (petsc4py's name)
         """Assemble and factor the blocks. PETSc calls it where the matrix has changed, less often if it lags."""
         context = pc.getOperators()[1].getPythonContext()
-        if not isinstance(context, ResolventMatrix) or context.samples.index is not None:
-            raise OptionError(
-                f"-{pc.getOptionsPrefix() or ''}pc_type batched_lu needs a state with one row a sample: samples of several"
-                " rows, such as graphs, have no dense blocks of one size; use -ksp_type batched_anderson or gmres"
-            )
+        refuse_ragged(context, f"-{pc.getOptionsPrefix() or ''}pc_type batched_lu")
         self._like = context.at.z
         self.factors = Factors(context.dense())
 
@@ -75,3 +89,21 @@ class BatchedLU:
         with shaped_read(x, self._like) as right:
             rows = right.flatten(1) if right.dim() > 1 else right.reshape(1, -1)
             copy_to_vector(self.factors.solve(rows, transpose=transpose), y)
+
+
+class PerSampleLU(TensorSolver):
+    """Context of a KSP of python type: ``-ksp_type batched_lu``, solves with the factors of I - J_i.
+
+    Not collective, every method.
+    """
+
+    factors: Factors | None = None
+
+    def answer(self, ksp: PETSc.KSP, problem: LinearProblem, right: Tensor, *, transpose: bool) -> Tensor:
+        """Return the solution; the first solve assembles and factors the blocks."""
+        if self.factors is None:
+            context = ksp.getOperators()[0].getPythonContext()
+            refuse_ragged(context, f"-{ksp.getOptionsPrefix() or ''}ksp_type batched_lu")
+            self.factors = Factors(context.dense())
+        ksp.setConvergedReason(PETSc.KSP.ConvergedReason.CONVERGED_ITS)
+        return self.factors.solve(problem.samples.rows(right), transpose=transpose)

@@ -131,6 +131,14 @@ class FixedPoint(nn.Module):
             z = self(x)
         return contraction(self.cell, x, z, sample_index=self.sample_index, steps=steps)
 
+    def take_amplification(self) -> float:
+        """Return the largest ‖u_i‖ / ‖g_i‖ of gradients' adjoints since the last call.
+
+        Not collective.
+        """
+        taken, self._log.amplification = self._log.amplification, 0.0
+        return taken
+
     @property
     def work(self) -> Work:
         """Counters of everything that this layer has computed."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hpcdeq.deq.batch import NANORINF, Batch
+from hpcdeq.deq.batch import NANORINF, Batch, BatchSolver
 from hpcdeq.deq.history import History
 from hpcdeq.deq.jacobian import Linearisation
 from hpcdeq.deq.resolvent import ResolventMatrix
@@ -132,7 +132,6 @@ class ForwardSolver:
         snes = PETSc.SNES().create(comm=PETSc.COMM_SELF)
         jacobian: PETSc.Mat | None = None
         try:
-            copy_to_vector(z0, vector)
             snes.setOptionsPrefix(self.options.prefix)
             _set_type(snes, DEFAULT_TYPE)
             snes.appctx = Batch(run.map, z0, retain=self.retain and kind is None, evaluated_again=self._again)
@@ -149,14 +148,22 @@ class ForwardSolver:
                     self.fallback = [] if chain in ("none", "") else chain.split(",")
                 else:
                     _set_type(snes, kind)
-                if snes.getType() != PETSc.SNES.Type.PYTHON:
+                # Asked of another type, PETSc would crash.
+                ours = snes.getType() == PETSc.SNES.Type.PYTHON and isinstance(snes.getPythonContext(), BatchSolver)
+                if ours:
+                    snes.appctx.start = z0
+                else:
+                    copy_to_vector(z0, vector)
                     snes.setConvergenceTest(run.converged)
                     jacobian = run.jacobian_matrix()
                     snes.setJacobian(run.update_jacobian, jacobian)
                 record = self._run(snes, vector)
             self.rtol, self.atol = snes.getTolerances()[:2]
-            value = copy_from_vector(vector, z0)
             per_sample, self.history = snes.appctx.iteration, snes.appctx.history
+            if per_sample is None:
+                value = copy_from_vector(vector, z0)
+            else:
+                value = per_sample.outcome.value.reshape(z0.shape)
         finally:
             snes.appctx = None
             snes.destroy()

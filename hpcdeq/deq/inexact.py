@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hpcdeq.deq.krylov import LinearProblem
+from hpcdeq.deq.systems import LinearProblem, TensorSolver
 from hpcdeq.errors import HpcdeqError, OptionError
 from hpcdeq.petsc import PETSc
-from hpcdeq.petsc.vectors import copy_to_vector, shaped_read
 
 INEXACT = ("jfb", "phantom", "shine")
 
@@ -36,24 +35,15 @@ def refuse_inexact(kind: str | None, wanted: str) -> None:
         )
 
 
-class InexactAdjoint:
+class InexactAdjoint(TensorSolver):
     """Context of a KSP of python type whose answer is no solution. Not collective, every method."""
 
-    def setFromOptions(self, ksp: PETSc.KSP) -> None:  # noqa: N802 (petsc4py's name)
-        """Read what can be set."""
-
-    def solve(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
-        """Refuse a system that is not an adjoint one."""
-        raise HpcdeqError(f"{type(self).__name__} approximates adjoint systems of fixed points only")
-
-    def solveTranspose(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:  # noqa: N802 (petsc4py's name)
-        """Leave the approximate adjoint in x."""
-        problem = ksp.getAppCtx()
-        if not isinstance(problem, LinearProblem):
+    def answer(self, ksp: PETSc.KSP, problem: LinearProblem, right: Tensor, *, transpose: bool) -> Tensor:
+        """Return the approximate adjoint."""
+        if not transpose:
             raise HpcdeqError(f"{type(self).__name__} approximates adjoint systems of fixed points only")
-        with shaped_read(b, problem.at.z) as g:
-            copy_to_vector(self.approximation(problem, g), x)
         ksp.setConvergedReason(PETSc.KSP.ConvergedReason.CONVERGED_ITS)
+        return self.approximation(problem, right)
 
     def approximation(self, problem: LinearProblem, g: Tensor) -> Tensor:
         """Return u for g, both in the shape of the state."""

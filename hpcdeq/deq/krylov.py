@@ -16,13 +16,11 @@ from torch import Tensor
 
 from hpcdeq.deq.anderson import AndersonIteration, Settings
 from hpcdeq.deq.batch import NANORINF, Limits, Values
-from hpcdeq.deq.history import History
 from hpcdeq.deq.jacobian import Linearisation
-from hpcdeq.deq.samples import SampleMap, Samples
+from hpcdeq.deq.samples import SampleMap
+from hpcdeq.deq.systems import LinearProblem, TensorSolver
 from hpcdeq.deq.work import Work
-from hpcdeq.errors import OptionError
 from hpcdeq.petsc import PETSc
-from hpcdeq.petsc.vectors import copy_to_vector, shaped_read
 
 _REASONS = {
     NANORINF: "DIVERGED_NANORINF",
@@ -98,45 +96,7 @@ class LinearAnderson(AndersonIteration):
         return self._sizes
 
 
-class LinearProblem:
-    """What a per-sample KSP is told through its application context.
-
-    Parameters
-    ----------
-    at, cell, samples, work
-        As in `AffineMap`.
-    history
-        As in `ResolventMatrix`.
-
-    Attributes
-    ----------
-    guess
-        Where the next solve begins.
-    residual
-        ``(B,)`` true residual norms, after a solve by a per-sample type.
-    kept
-        Histories by transposition, for right-hand sides to come.
-    """
-
-    def __init__(
-        self,
-        at: Linearisation,
-        cell: Callable[[Tensor], Tensor],
-        samples: Samples,
-        work: Work,
-        history: History | None = None,
-    ) -> None:
-        self.history = history
-        self.at = at
-        self.cell = cell
-        self.samples = samples
-        self.work = work
-        self.residual: Tensor | None = None
-        self.guess: Tensor | None = None
-        self.kept: dict[bool, History] = {}
-
-
-class PerSampleAnderson:
+class PerSampleAnderson(TensorSolver):
     """Context of a KSP of python type: ``-ksp_type batched_anderson``; options ``-ksp_anderson_...``.
 
     Its application context is a `LinearProblem`. Tolerances are judged sample by sample: ‖g - (I - J) w‖ ≤ rtol ‖g‖ + atol.
@@ -154,24 +114,9 @@ class PerSampleAnderson:
         """Print the settings, for ``-ksp_view``."""
         viewer.printfASCII(f"  per sample: Anderson mixing, {self.settings}\n")
 
-    def solve(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
-        """Solve with I - J, and leave the answer in x."""
-        self._solve(ksp, b, x, transpose=False)
-
-    def solveTranspose(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:  # noqa: N802 (petsc4py's name)
-        """Solve with the transpose, and leave the answer in x."""
-        self._solve(ksp, b, x, transpose=True)
-
-    def _solve(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec, *, transpose: bool) -> None:
-        problem = ksp.getAppCtx()
-        if not isinstance(problem, LinearProblem):
-            raise OptionError(
-                f"-{ksp.getOptionsPrefix() or ''}ksp_type {ksp.getPythonType()} is for the tangent and adjoint systems of a"
-                " fixed point; inside other solvers choose gmres"
-            )
+    def answer(self, ksp: PETSc.KSP, problem: LinearProblem, right: Tensor, *, transpose: bool) -> Tensor:
+        """Return the answer in any shape, and set the KSP's reason."""
         rtol, atol, divergence, most = ksp.getTolerances()
-        with shaped_read(b, problem.at.z) as given:
-            right = given.clone()
         map = AffineMap(problem.at, problem.cell, right, transpose, problem.work)
         samples = SampleMap(map, problem.samples, problem.work)
         kept = problem.kept.get(transpose) if self.recycles else None
@@ -196,8 +141,8 @@ class PerSampleAnderson:
             problem.work.cell_vjps += samples.evaluated
         else:
             problem.work.cell_jvps += samples.evaluated
-        copy_to_vector(iteration.outcome.value, x)
         ksp.setConvergedReason(getattr(PETSc.KSP.ConvergedReason, _REASONS[reason]))
+        return iteration.outcome.value
 
 
 class PerSampleGMRES(PerSampleAnderson):

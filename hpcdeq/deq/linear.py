@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,9 +13,9 @@ from hpcdeq.deq.forward import SLACK, TOLERANCES
 from hpcdeq.deq.history import History
 from hpcdeq.deq.inexact import INEXACT, refuse_inexact
 from hpcdeq.deq.jacobian import Linearisation
-from hpcdeq.deq.krylov import LinearProblem
 from hpcdeq.deq.resolvent import ResolventMatrix, resolvent_matrix
 from hpcdeq.deq.samples import Samples
+from hpcdeq.deq.systems import LinearProblem, TensorSolver
 from hpcdeq.deq.work import Work
 from hpcdeq.errors import ConvergenceError
 from hpcdeq.petsc import PETSc
@@ -28,8 +29,8 @@ GMRES_RESTART = 50
 ITERATIVE, DIRECT = "batched_anderson", "batched_lu"
 # Dense blocks and their factors may take so much memory.
 DENSE_BYTES = 2**30
-# What is expected where derivatives are said to be many, and the least that is expected of the iterations of one.
-MANY, ITERATIONS = 20, 15
+# The least that is expected of the iterations of one solve, to the usual tolerance.
+ITERATIONS, USUAL = 15, 1e-6
 # A product with J or Jᵀ costs about so many evaluations of the cell.
 PRODUCT = 1.5
 
@@ -123,7 +124,7 @@ class LinearSolver:
         self.work = work
         self.outcome: LinearSolution | None = None
         self.method = ""
-        self.solves, self._iterations = max(solves, 1), max(iterations, ITERATIONS)
+        self.solves, self._iterations = max(solves, 1), iterations
         self._solver: tuple[str, PETSc.KSP] | None = None
         self._problem = LinearProblem(at, cell, samples, work, history)
         self.loosened = 0.0
@@ -159,14 +160,20 @@ class LinearSolver:
         self._problem.residual, self._problem.guess = None, guess
         b = PETSc.Vec().createSeq(g.numel(), comm=PETSc.COMM_SELF)
         x = b.duplicate()
+        tensors = ksp.getType() == PETSc.KSP.Type.PYTHON and isinstance(ksp.getPythonContext(), TensorSolver)
+        self._problem.right = g if tensors else None
         try:
-            copy_to_vector(g, b)
+            if not tensors:
+                copy_to_vector(g, b)
+            elif bool(norm.isfinite().all()):
+                b.set(1.0)  # PETSc looks at it before it hands over
             with self.options.inserted():
                 record = run_ksp(ksp, b, x, transpose=transpose)
-            answer = copy_from_vector(x, g)
+            answer = self._problem.answer if tensors else copy_from_vector(x, g)
         finally:
             b.destroy()
             x.destroy()
+        assert answer is not None
         if kind in INEXACT:
             unknown = torch.full_like(norm, float("nan")).cpu()
             self.outcome = LinearSolution(f"INEXACT_{kind.upper()}", record.iterations, unknown, norm.cpu(), record)
@@ -204,13 +211,16 @@ class LinearSolver:
         size = self.at.z.numel() // max(count, 1)
         needed = 2 * count * size**2 * self.at.z.element_size()
         direct = assembly_cost(size) + self.solves * substitution_cost(size)
-        iterative = self.solves * self._iterations * PRODUCT
-        expected = f"{self.solves} solves of {self._iterations:.0f} iterations"
+        # Digits cost iterations: a loosened tolerance takes as much fewer as it asks for fewer digits.
+        digits = math.log(max(self.loosened, 1e-16)) / math.log(USUAL) if self.loosened else 1.0
+        iterations = max(self._iterations, ITERATIONS * min(1.0, digits))
+        iterative = self.solves * iterations * PRODUCT
+        expected = f"{self.solves} solves of {iterations:.0f} iterations"
         if self.samples.index is None and needed <= DENSE_BYTES and direct <= iterative:
             self.method = (
                 f"dense LU factors: {size} numbers a sample, {expected} expected; -deq_ksp_type {ITERATIVE} iterates"
             )
-            return DIRECT, self._make("preonly", DIRECT)
+            return DIRECT, self._make(DIRECT, None)
         why = f"{expected} expected" if needed <= DENSE_BYTES else f"factors would take {needed / 2**30:.1f} GiB"
         if self.samples.index is not None:
             why = "samples of several rows"

@@ -99,6 +99,7 @@ class Recorder:
     history: list[tuple[int, float, float, float]] = field(default_factory=list)
     last: Iterate | None = None
     paused: float = 0.0
+    offset: int = 0  # iterations of a solver before the present one
 
     def seconds(self) -> float:
         """Return rank 0's wall time of the optimisation itself: what callbacks take is left out.

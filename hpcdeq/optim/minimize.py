@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from hpcdeq import parallel
 from hpcdeq.errors import ConvergenceError, DataError, OptionError
 from hpcdeq.optim.adam import AdamSettings, minimize_adam
-from hpcdeq.optim.base import DIVERGED, Callback, Recorder, Result
+from hpcdeq.optim.base import BUDGET, DIVERGED, Callback, Recorder, Result
 from hpcdeq.optim.presets import METHODS, preset_of, resolved_options
 from hpcdeq.optim.tao import TaoRun
 from hpcdeq.petsc.options import Value
@@ -77,7 +78,19 @@ def minimize(
         if method == "adam":
             result = minimize_adam(recorder, x0, adam or AdamSettings(), max_iterations)
         else:
-            result = TaoRun(recorder, preset_of(method)).minimize(x0, resolved_options(method, options), max_iterations)
+            given = resolved_options(method, options)
+            result = TaoRun(recorder, preset_of(method)).minimize(x0, given, max_iterations)
+            if problem.loosened and result.status != BUDGET:
+                # What ended on loose solves is taken up with tight ones: to be confirmed, or to go on.
+                problem.tighten()
+                recorder.offset = result.iterations
+                result = TaoRun(recorder, preset_of(method)).minimize(
+                    result.x, given, max_iterations - result.iterations
+                )
+        if problem.loosened:
+            problem.tighten()
+            loss, gradient = problem.loss_and_gradient(result.x)
+            result = dataclasses.replace(result, loss=loss, gradient_norm=float(gradient.norm()))
     finally:
         problem.end()
     if result.status == DIVERGED and raise_on_failure:

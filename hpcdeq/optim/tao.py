@@ -161,6 +161,7 @@ class TaoRun:
 
     def _monitor(self, tao: PETSc.TAO) -> None:
         iteration, loss, gradient_norm, *_ = tao.getSolutionStatus()
+        iteration += self.recorder.offset
         if self.recorder.last is not None and iteration <= self.recorder.last.iteration:
             return
         radius = (
@@ -182,7 +183,7 @@ class TaoRun:
 
     def _finish(self, tao: PETSc.TAO, x: PETSc.Vec) -> None:
         """Record the point at which TAO ended, where its last monitor call was before its last step."""
-        iteration = tao.getIterationNumber()
+        iteration = tao.getIterationNumber() + self.recorder.offset
         last = self.recorder.last
         point = self._gather(x)
         if last is None or not torch.equal(point, last.x):

@@ -12,7 +12,8 @@ import petsc4py  # noqa: E402 (after the environment)
 
 from hpcdeq.startup import PETSC_ARGUMENTS  # noqa: E402
 
-petsc4py.init(["hpcdeq", *PETSC_ARGUMENTS])
+# What no solver read is told by the commands themselves.
+petsc4py.init(["hpcdeq", "-options_left", "no", *PETSC_ARGUMENTS])
 
 from petsc4py import PETSc  # noqa: E402 (after init)
 

@@ -12,6 +12,7 @@ SHORT_NAMES = {
     },
     "ksp_type": {
         "batched_anderson": "hpcdeq.deq.krylov.PerSampleAnderson",
+        "batched_lu": "hpcdeq.deq.dense.PerSampleLU",
         "batched_gmres": "hpcdeq.deq.krylov.PerSampleGMRES",
         "jfb": "hpcdeq.deq.inexact.JacobianFree",
         "phantom": "hpcdeq.deq.inexact.Phantom",

@@ -83,7 +83,7 @@ class TrainingProblem:
         weight_decay: float = 0.0,
         memory_limit: int | None = None,
         warm_start: bool = True,
-        adaptive: bool = True,
+        adaptive: bool = False,
         on_failure: str = "raise",
     ) -> None:
         if not weight_decay >= 0:
@@ -170,7 +170,8 @@ class TrainingProblem:
         """Let the accuracy of the solves follow an optimiser's iterate."""
         if self.accuracy is None:
             return
-        if self.accuracy.update(loss, gradient_norm):
+        own = max((layer.take_amplification() for layer in self.guidance.layers.values()), default=0.0)
+        if self.accuracy.update(loss, gradient_norm, parallel.max_over_ranks(self.comm, own)):
             self._loosen(self.accuracy.tolerance)
             try:
                 self.accuracy.learn(self._gradient_error(p))
@@ -184,8 +185,19 @@ class TrainingProblem:
             self.accuracy = Accuracy()
             self._loosen(self.accuracy.tolerance)
 
+    @property
+    def loosened(self) -> bool:
+        """Whether solves are less accurate now than the options say."""
+        return self.guidance.loosened[0] > 0
+
+    def tighten(self) -> None:
+        """Solve as accurately as the options say for the rest of a minimisation."""
+        if self.accuracy is not None:
+            self.accuracy.stop()
+        self._loosen(0.0)
+
     def end(self) -> None:
-        """Solve as accurately as the options say again."""
+        """End a minimisation: solve as accurately as the options say again."""
         self._loosen(0.0)
 
     def _loosen(self, tolerance: float) -> None:
