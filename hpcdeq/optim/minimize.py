@@ -80,14 +80,14 @@ def minimize(
         else:
             given = resolved_options(method, options)
             result = TaoRun(recorder, preset_of(method)).minimize(x0, given, max_iterations)
-            if problem.loosened and result.status != BUDGET:
+            if problem.adapting and result.status != BUDGET:
                 # What ended on loose solves is taken up with tight ones: to be confirmed, or to go on.
                 problem.tighten()
                 recorder.offset = result.iterations
                 result = TaoRun(recorder, preset_of(method)).minimize(
                     result.x, given, max_iterations - result.iterations
                 )
-        if problem.loosened:
+        if problem.adapting:
             problem.tighten()
             loss, gradient = problem.loss_and_gradient(result.x)
             result = dataclasses.replace(result, loss=loss, gradient_norm=float(gradient.norm()))

@@ -186,9 +186,9 @@ class TrainingProblem:
             self._loosen(self.accuracy.tolerance)
 
     @property
-    def loosened(self) -> bool:
-        """Whether solves are less accurate now than the options say."""
-        return self.guidance.loosened[0] > 0
+    def adapting(self) -> bool:
+        """Whether solves may have been less accurate than the options say."""
+        return self.accuracy is not None and self.accuracy.factor > 0
 
     def tighten(self) -> None:
         """Solve as accurately as the options say for the rest of a minimisation."""
