@@ -171,7 +171,7 @@ def test_frozen_weights_get_no_gradient_and_do_no_harm() -> None:
 
 
 def test_outcomes_of_adjoint_and_tangent_are_kept() -> None:
-    layer, _, (x, *_) = layer_and_arguments()
+    layer, _, (x, *_) = layer_and_arguments(ksp_type="batched_anderson")
     z = layer(x)
     assert layer.adjoint is None and layer.tangent is None
     z.sum().backward()
@@ -214,3 +214,21 @@ def test_memory_does_not_hold_the_iterations() -> None:
     assert Counting.calls == 1  # the linearisation's; the check for hidden tensors has no graph
     z.sum().backward()
     assert Counting.calls == 1
+
+
+def test_weights_put_in_for_the_call_alone_are_those_of_the_adjoint() -> None:
+    """Samples that leave the adjoint solve are linearised again, after ``functional_call`` has put the old weights back."""
+    torch.manual_seed(0)
+    layer = FixedPoint(
+        TanhCell(10, norm=0.3), options={"snes_rtol": 1e-12, "ksp_rtol": 1e-11, "ksp_type": "batched_anderson"}
+    )
+    other = TanhCell(10, norm=0.9)
+    x, weight = torch.randn(30, 3, dtype=torch.float64), torch.randn(30, 10, dtype=torch.float64)
+    weights = {f"cell.{name}": p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
+    z = torch.func.functional_call(layer, weights, (x,))
+    found = torch.autograd.grad((z * weight).sum(), list(weights.values()))
+    z = FixedPoint(other, options={"snes_rtol": 1e-12, "ksp_type": "gmres", "ksp_rtol": 1e-12})(x)
+    expected = torch.autograd.grad((z * weight).sum(), list(other.parameters()))
+    assert layer.adjoint is not None and layer.work.cell_vjps < 30 * (layer.adjoint.iterations + 2)  # some left
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)

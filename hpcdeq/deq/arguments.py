@@ -87,11 +87,22 @@ class CellFunction:
         parameters = dict(zip(self._names, tensors[: len(self._names)], strict=True))
         return functional_call(self.cell, parameters, (z, x))  # type: ignore[arg-type]
 
-    def bind(self, tensors: Sequence[Tensor]) -> BoundCell:
-        """Return z ↦ f(z, tensors) for evaluations without derivatives. Not collective."""
+    def bind(self, tensors: Sequence[Tensor], *, now: bool) -> BoundCell:
+        """Return z ↦ f(z, tensors) for evaluations without derivatives.
+
+        Not collective.
+
+        Parameters
+        ----------
+        tensors
+            In the place of `tensors`.
+        now
+            Whether it is used before this call of the layer returns: the module then still holds the weights that it was
+            called with. (A caller may have put others in their place for the call alone, as ``functional_call`` does.)
+        """
         given, rest = tensors[: len(self._names)], [t.detach() for t in tensors[len(self._names) :]]
         # Where the module holds these very weights it is called as it is: a functional call costs as much as a small cell.
-        held = all(a is b for a, b in zip(given, self._own, strict=True))
+        held = now and all(a is b for a, b in zip(given, self._own, strict=True))
         parameters = None if held else {n: t.detach() for n, t in zip(self._names, given, strict=True)}
         return BoundCell(self.cell, parameters, self._rebuild(rest))
 

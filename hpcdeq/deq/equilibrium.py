@@ -129,7 +129,7 @@ class Equilibrium:
                 self._at = Linearisation(self.function, z, tensors)
                 return self._at.value
 
-        solver = ForwardSolver(self.function.bind(tensors), self.samples, self.options, self.log.work)
+        solver = ForwardSolver(self.function.bind(tensors, now=True), self.samples, self.options, self.log.work)
         solver.retain = self.differentiated and (self.kind == "shine" or self.options.chosen("pc_type") == "secant")
         solver.loosened = self.help.loosened[0]
         self.log.solution = None
@@ -166,7 +166,7 @@ class Equilibrium:
             The linear solve failed, or its true residual says that it did.
         """
         if self._linear is None:
-            cell = self.function.bind(self._tensors)
+            cell = self.function.bind(self._tensors, now=False)
             log = self.log
             expected = log.solves_before if self.help.solves is None else self.help.solves
             iterations = self._iterations

@@ -207,5 +207,5 @@ def solve_fixed_point(
     if z0 is None:
         z0 = initial_state(cell, x, function, function.tensors)
     samples = Samples.of(z0, None if sample_index is None else sample_index(x))
-    solver = ForwardSolver(function.bind(function.tensors), samples, Options(petsc_prefix, options), Work())
+    solver = ForwardSolver(function.bind(function.tensors, now=True), samples, Options(petsc_prefix, options), Work())
     return solver.checked(solver.solve(z0.detach()))
