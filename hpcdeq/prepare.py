@@ -27,11 +27,15 @@ PROGRAM = "python -m hpcdeq.prepare"
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of data: a line of help, its options, and how to build the file (collective on all ranks)."""
+    """One kind of data: a line of help, its options, and how to build the file (collective on all ranks).
+
+    ``advice`` is what a first training command on such a file should say besides ``--data``.
+    """
 
     summary: str
     add_options: Callable[[argparse.ArgumentParser], None]
     build: Callable[[argparse.Namespace, str], Report]
+    advice: str = ""
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -57,7 +61,8 @@ def _crystal_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _build_crystals(options: argparse.Namespace, command: str) -> Report:
-    from hpcdeq.builders.crystals import CrystalOptions, prepare_crystals, silent
+    from hpcdeq.builders.crystals import CrystalOptions, prepare_crystals
+    from hpcdeq.builders.samples import silent
 
     usual = options.property == "band_gap"
     if not options.regression and not usual and options.thresholds is None:
@@ -116,8 +121,29 @@ def _build_burgers(options: argparse.Namespace, command: str) -> Report:
     )
 
 
+def _image_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=".npz of images and labels, or folder [SPLIT/]CLASS/IMAGE")
+    parser.add_argument("--validation-fraction", type=float, default=0.1, metavar="F", help="default 0.1")
+
+
+def _build_images(options: argparse.Namespace, command: str) -> Report:
+    from hpcdeq.builders.images import ImageOptions, prepare_images
+    from hpcdeq.builders.samples import silent
+
+    return prepare_images(
+        options.out,
+        options.source,
+        ImageOptions(options.validation_fraction, options.seed, options.limit),
+        command=command,
+        progress=silent if options.quiet or not sys.stderr.isatty() else _bar,
+    )
+
+
 KINDS = {
     "crystals": Kind("structures with a property, as graphs of neighbours", _crystal_options, _build_crystals),
+    "images": Kind(
+        "images with a class, as arrays", _image_options, _build_images, advice="--model conv_deq --optimizer adam"
+    ),
     "burgers": Kind("viscous Burgers: initial condition to solution at time T", _burgers_options, _build_burgers),
 }
 
@@ -154,7 +180,8 @@ def main(arguments: list[str]) -> int:
     with parallel.agreement(parallel.WORLD):
         if parallel.WORLD.rank == 0:
             listing = _list_skipped(options.out, report.skipped)
-            print(summary(options.out, report, listing, time.perf_counter() - begin), flush=True)
+            seconds = time.perf_counter() - begin
+            print(summary(options.out, report, listing, seconds, KINDS[options.kind].advice), flush=True)
     return EXIT_DONE
 
 
@@ -174,7 +201,7 @@ def _list_skipped(out: Path, skipped: list[Skipped]) -> Path:
     return listing
 
 
-def summary(out: Path, report: Report, listing: Path, seconds: float) -> str:
+def summary(out: Path, report: Report, listing: Path, seconds: float, advice: str = "") -> str:
     """Return what a user wants to know about a file that was just written.
 
     Not collective.
@@ -192,7 +219,7 @@ def summary(out: Path, report: Report, listing: Path, seconds: float) -> str:
         if len(report.skipped) > 5:
             lines.append(f"    and {len(report.skipped) - 5} more")
     lines += [f"  note: {note}" for note in report.notes]
-    lines.append(f"next: mpirun -n 2 python -m hpcdeq.train --data {shlex.quote(str(out))}")
+    lines.append(f"next: mpirun -n 2 python -m hpcdeq.train --data {shlex.quote(str(out))} {advice}".rstrip())
     return "\n".join(lines)
 
 

@@ -239,6 +239,7 @@ class Training:
         from hpcdeq import parallel
         from hpcdeq.optim import minimize
         from hpcdeq.petsc.options import unused_options
+        from hpcdeq.problem import describe_solves
         from hpcdeq.record import HistoryWriter, environment, host_meter
 
         if not self.directory.writes and self.config.data != EMBEDDED:
@@ -269,7 +270,7 @@ class Training:
                 self.history.close()
         unread = unused_options(PREFIXES)
         self._finish(result)
-        self._say(self._report_solves())
+        self._say(describe_solves(self.problem))
         if unread:
             self._say(f"note: given but read by no solver of this run: {', '.join(unread)}")
         return result
@@ -287,22 +288,6 @@ class Training:
             f"optimizer  {self.config.optimizer} on {self.comm.size} ranks\n"
             f"options    {preset}\n"
         )
-
-    def _report_solves(self) -> str:
-        """Say how fixed points and their derivatives were solved for in the end."""
-        lines = [
-            f"layer {name}: derivatives by {method}"
-            for name, layer in self.problem.guidance.layers.items()
-            for method in layer.methods
-        ]
-        accuracy = self.problem.accuracy
-        if accuracy is not None and accuracy.measured:
-            error = max(e for _, _, e in accuracy.measured)
-            lines.append(
-                f"accuracy of solves: relative tolerance {accuracy.tolerance:.1e} in the end, error of the gradient measured"
-                f" {len(accuracy.measured)} times, at most {error:.1e}; --no-adaptive solves as the options say"
-            )
-        return "\n".join(lines)
 
     def _adam_settings(self) -> Any:
         from hpcdeq.optim.adam import AdamSettings
@@ -361,6 +346,7 @@ class Training:
     def _finish(self, result: Result) -> None:
         """Evaluate the weights of the best validation metric (the last ones without validation data) and sum up."""
         from hpcdeq import parallel
+        from hpcdeq.optim import resolved_options
         from hpcdeq.petsc.options import database_options
         from hpcdeq.problem.memory import peak_bytes
         from hpcdeq.record import job_joules, over_run, summary
@@ -373,10 +359,8 @@ class Training:
         peak = int(parallel.max_over_ranks(self.comm, peak_bytes()))
         with parallel.agreement(self.comm):
             if self.directory.writes:
-                lines = [
-                    f"-{name} {value}".rstrip()
-                    for name, value in sorted(self._options_used(database_options()).items())
-                ]
+                used = {**resolved_options(self.config.optimizer), **database_options()}
+                lines = [f"-{name} {value}".rstrip() for name, value in sorted(used.items())]
                 self.directory.write_text("petsc_options.txt", "\n".join(lines) + "\n")
                 told = summary(
                     result,
@@ -398,11 +382,6 @@ class Training:
                 self.directory.write_json("summary.json", told)
                 write_figures(read_run(self.directory.path))
         self.progress.finish(result, wall_seconds=seconds, run_directory=self.directory.path, **found)
-
-    def _options_used(self, database: dict[str, str]) -> dict[str, Any]:
-        from hpcdeq.optim import resolved_options
-
-        return {**resolved_options(self.config.optimizer), **database}
 
     def _leave_failed(self, error: ConvergenceError) -> HpcdeqError:
         """Return the error with what a user needs to know of what is left in the run directory."""

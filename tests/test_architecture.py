@@ -24,6 +24,7 @@ FLOORS = [
     {"problem"},
     {"optim"},
     {"record"},
+    {"tuning"},
     {"report"},
     {"config"},
     {"train", "prepare", "doctor", "predict", "compare", "study"},
@@ -293,7 +294,7 @@ print("HEAVY", sorted({"torch", "petsc4py", "mpi4py", "numpy", "h5py"} & set(sys
 """
 
 
-@pytest.mark.parametrize("module", ["hpcdeq.train", "hpcdeq.prepare", "hpcdeq.doctor"])
+@pytest.mark.parametrize("module", ["hpcdeq.train", "hpcdeq.prepare", "hpcdeq.doctor", "hpcdeq.study"])
 def test_help_needs_nothing_heavy(run: Run, module: str) -> None:
     done = run("-c", f"MODULE = {module!r}\n{HELP}")
     assert done.returncode == 0, done.stderr

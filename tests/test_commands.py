@@ -148,7 +148,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_default_is_written_once() -> None:
-    assert resolved("--data a.h5") == TrainConfig(data="a.h5", petsc=train.TRAINING_OPTIONS)
+    assert resolved("--data a.h5") == TrainConfig(data="a.h5", petsc={**train.NO_FALLBACK, **train.TRAINING_OPTIONS})
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file: Path) -> None:
@@ -163,7 +163,13 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file
         optimizer="newton",
         weight_decay=0.5,
         seed=5,
-        petsc={**train.TRAINING_OPTIONS, "tao_gatol": "1e-9", "deq_snes_rtol": "1e-4", "deq_snes_monitor": ""},
+        petsc={
+            **train.NO_FALLBACK,
+            **train.TRAINING_OPTIONS,
+            "tao_gatol": "1e-9",
+            "deq_snes_rtol": "1e-4",
+            "deq_snes_monitor": "",
+        },
     )
 
 
@@ -182,13 +188,19 @@ def test_the_embedded_problem_is_short_unless_told_otherwise(file: Path) -> None
 
 
 def test_single_precision_keeps_the_layers_tolerances() -> None:
-    assert resolved("--dtype float32").petsc == {}
-    assert resolved("--dtype float32 -deq_snes_rtol 1e-4").petsc == {"deq_snes_rtol": "1e-4"}
+    assert resolved("--dtype float32").petsc == train.NO_FALLBACK
+    assert resolved("--dtype float32 -deq_snes_rtol 1e-4").petsc == {**train.NO_FALLBACK, "deq_snes_rtol": "1e-4"}
 
 
 def test_petsc_s_words_are_names_and_values() -> None:
     found = resolved("-tao_view -tao_fmin -5 -deq_snes_type anderson -tao_view").petsc
-    assert found == {**train.TRAINING_OPTIONS, "tao_view": "", "tao_fmin": "-5", "deq_snes_type": "anderson"}
+    assert found == {
+        **train.NO_FALLBACK,
+        **train.TRAINING_OPTIONS,
+        "tao_view": "",
+        "tao_fmin": "-5",
+        "deq_snes_type": "anderson",
+    }
 
 
 def test_petsc_s_options_of_a_file_are_text_as_on_the_command_line(file: Path) -> None:
@@ -198,6 +210,7 @@ def test_petsc_s_options_of_a_file_are_text_as_on_the_command_line(file: Path) -
         "deq_snes_monitor = true\ntao_bnk_pc_mg_galerkin = false\n"
     )
     assert resolved(str(file)).petsc == {
+        **train.NO_FALLBACK,
         **train.TRAINING_OPTIONS,
         "tao_gatol": "0",
         "deq_snes_max_it": "20",
@@ -221,6 +234,9 @@ FULL = TrainConfig(
     dtype="float32",
     device="cuda",
     chunk_size=13,
+    on_failure="mask",
+    warm_start=False,
+    adaptive=False,
     petsc={"deq_snes_monitor": "", "tao_gatol": "1e-8"},
 )
 

@@ -78,7 +78,7 @@ def test_burgers_end_to_end(tmp_path: Path) -> None:
         (["burgers", "--out", "f.h5", "--neighbours", "8"], "unknown option --neighbours: "),
         (["burgers", "--ou", "f.h5"], "unknown option --ou: did you mean --out?"),
         (["burgers", "--qqqqqqqq"], "unknown option --qqqqqqqq: see --help"),
-        (["spheres", "--out", "f.h5"], "invalid choice: 'spheres' (choose from 'crystals', 'burgers')"),
+        (["spheres", "--out", "f.h5"], "invalid choice: 'spheres' (choose from 'crystals', 'images', 'burgers')"),
         (["burgers"], "the following arguments are required: --out"),
         (["crystals", "--out", "f.h5"], "the following arguments are required: SOURCE"),
         (["burgers", "--out", "f.h5", "extra"], "unrecognized arguments: extra"),
@@ -151,7 +151,7 @@ def test_one_rank_of_a_job_speaks(variable: str) -> None:
 def test_every_kind_has_the_common_options() -> None:
     """Parse the same options for each kind."""
     for name in KINDS:
-        source = ["source"] if name == "crystals" else []
+        source = [] if name == "burgers" else ["source"]
         options = build_parser().parse_args([name, *source, "--out", "f.h5", "--limit", "3", "--seed", "5", "--quiet"])
         assert (options.kind, options.out, options.limit, options.seed) == (name, Path("f.h5"), 3, 5)
 

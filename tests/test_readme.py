@@ -24,7 +24,8 @@ def test_the_python_example_runs(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_options_that_it_names_exist(run: Run) -> None:
-    known = run("-m", "hpcdeq.train", "--help").stdout + run("-m", "hpcdeq.prepare", "crystals", "--help").stdout
+    commands = (["train"], ["prepare", "crystals"], ["study", "crossover"])
+    known = "".join(run("-m", f"hpcdeq.{name}", *kind, "--help").stdout for name, *kind in commands)
     for option in sorted(set(re.findall(r"--[a-z][a-z-]+", README))):
         if option not in ("--resume",):  # named as still to come
             assert option in known, option

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +15,7 @@ from hpcdeq import parallel
 from hpcdeq.builders.neighbours import graph_block
 from hpcdeq.builders.samples import (
     BLOCK,
+    Progress,
     Report,
     Skipped,
     assign_splits,
@@ -24,6 +23,7 @@ from hpcdeq.builders.samples import (
     in_order,
     provenance,
     refuse_if_none,
+    silent,
     straddling,
 )
 from hpcdeq.builders.structures import StructureRecord, read_block, source_rows
@@ -31,8 +31,6 @@ from hpcdeq.data.rows import SampleRows
 from hpcdeq.data.schema import Schema
 from hpcdeq.data.writer import DatasetWriter
 from hpcdeq.errors import OptionError
-
-Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -102,11 +100,6 @@ class CrystalOptions:
             )
         origin["thresholds"] = f"{self.property_name} at {', '.join(map(str, self.thresholds))} {self.units}"
         return Schema("classification", "graph", classes=self.classes, provenance=origin)
-
-
-def silent(items: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
-    """Show no progress. Not collective."""
-    return items
 
 
 def prepare_crystals(

@@ -22,6 +22,8 @@ TEST_FRACTION = 0.1
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
+Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -65,6 +67,11 @@ class Report:
                     self.class_counts = [[0] * len(self.classes) for _ in SPLITS]
                 found = np.bincount(targets[own], minlength=len(self.classes))
                 self.class_counts[split] = [a + int(b) for a, b in zip(self.class_counts[split], found, strict=True)]
+
+
+def silent(items: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
+    """Show no progress. Not collective."""
+    return items
 
 
 def refuse_if_none(source: object, usable: int, skipped: Sequence[Skipped]) -> None:

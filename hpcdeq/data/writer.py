@@ -39,6 +39,8 @@ class DatasetWriter:
         Unit of `/array/x`; graphs are in Å.
     array_attributes
         Further attributes of `/array/x`, such as the grid it is sampled on.
+    input_type
+        Floating type that `/array/x` is stored in; single precision halves the file of images.
 
     Raises
     ------
@@ -53,6 +55,7 @@ class DatasetWriter:
         *,
         input_units: str = "1",
         array_attributes: Mapping[str, Any] | None = None,
+        input_type: type[np.floating] = np.float64,
     ) -> None:
         self.path = Path(path)
         self.partial = Path(f"{self.path}.partial")
@@ -60,6 +63,7 @@ class DatasetWriter:
         self.count = 0
         self._input_units = input_units
         self._array_attributes = dict(array_attributes or {})
+        self._input_type = input_type
         self._file: h5py.File | None = None
 
     def __enter__(self) -> DatasetWriter:
@@ -180,7 +184,7 @@ class DatasetWriter:
         self._create("/sample/split", np.uint8, units="0 train, 1 validation, 2 test")
         self._create("/sample/target", label_type, schema.target_shape, units=label_units)
         if schema.representation == "array":
-            self._create("/array/x", np.float64, schema.sample_shape, units=self._input_units)
+            self._create("/array/x", self._input_type, schema.sample_shape, units=self._input_units)
             for name, value in self._array_attributes.items():
                 file["/array/x"].attrs[name] = value
             return

@@ -127,12 +127,13 @@ class History:
         """Take the new differences into the Gram matrices: one row and column each."""
         if not self._new:
             return
-        if self._waiting:
-            first, last = self._waiting[0], self._waiting[-1]
+        while self._waiting:  # run by run: past the last column they go on with the first
+            first = last = self._waiting.pop(0)
+            while self._waiting and self._waiting[0] == last + 1:
+                last = self._waiting.pop(0)
             torch.sub(
                 self._images[first : last + 1], self._images[first - 1 : last], out=self._residuals[first : last + 1]
             )
-            self._waiting.clear()
         filled, first, count = self.filled, self._new[0], len(self._new)
         old = self.residuals[:, :filled]
         consecutive = self._new == list(range(first, first + count))

@@ -55,6 +55,14 @@ class Accuracy:
         self.tolerance = self.factor * progress / grown**2
         return self.tolerance > 0 and (self._count % CHECK_EVERY == 0 or grown > GROWN)
 
+    def describe(self) -> str:
+        """Return in a line which accuracy was found to suffice."""
+        error = max((e for _, _, e in self.measured), default=float("nan"))
+        return (
+            f"accuracy of solves: relative tolerance {self.tolerance:.1e} in the end, error of the gradient measured"
+            f" {len(self.measured)} times, at most {error:.1e}; --no-adaptive solves as the options say"
+        )
+
     def stop(self) -> None:
         """Ask for full accuracy from here on."""
         self.factor = self.tolerance = 0.0

@@ -39,6 +39,10 @@ class Guidance:
         self._tangents: list[dict[tuple[int, str], Tensor]] = []
         self._bytes = 0
 
+    def describe(self) -> list[str]:
+        """Return a line for each way in which tangent and adjoint systems were solved so far."""
+        return [f"layer {name}: derivatives by {way}" for name, layer in self.layers.items() for way in layer.methods]
+
     @contextlib.contextmanager
     def batch(
         self, ids: Sequence[int], p: Tensor, *, chunk: int | None = None, products: bool = False, place: str = ""
