@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Largest relative tolerance of a solve, and the one it starts with, for a gradient that is as large as the first.
-LOOSEST, BEGINNING = 1e-2, 1e-3
+LOOSEST, BEGINNING = 2e-2, 1e-3
 # Relative error of the gradient that is allowed, as measured on a chunk of samples every so many iterates.
 ALLOWED_ERROR, CHECK_EVERY = 1e-2, 10
 # It is measured at once where adjoints have grown by this factor over their right-hand sides since the last time.
@@ -74,6 +74,6 @@ class Accuracy:
         self._known = self._amplification
         if error > 0.5 * ALLOWED_ERROR:
             self.factor *= max(0.25 * ALLOWED_ERROR / error, 1e-3)
-        elif error < 0.05 * ALLOWED_ERROR:
-            self.factor = min(3.0 * self.factor, LOOSEST)
+        elif error < 0.25 * ALLOWED_ERROR:
+            self.factor = min(self.factor * min(0.25 * ALLOWED_ERROR / max(error, 1e-16), 3.0), LOOSEST)
         self.tolerance *= self.factor / before if before else 0.0
