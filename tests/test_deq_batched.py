@@ -43,6 +43,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"period": 2, "m": 5, "beta": 0.5},
     {"period": 1, "m": 4, "delay": 4},
     {"period": 4, "m": 4, "delay": 2},
+    {"period": 6, "m": 9},
+    {"period": 5, "m": 7},
     {"period": 2, "m": 3, "delay": 5, "beta": 0.8},
     {"period": 1, "m": 4, "restart": 1},
     {"period": 1, "m": 4, "restart": 3},

@@ -71,7 +71,7 @@ def solver_of(cell: Any, x: Any, z: Tensor, options: dict[str, Any], index: Tens
     function = CellFunction(cell, x)
     at = Linearisation(function, z, function.tensors)
     return LinearSolver(
-        at, function.bind(function.tensors), Samples.of(z, index), Options("deq_", options), Work(), **more
+        at, function.bind(function.tensors, now=True), Samples.of(z, index), Options("deq_", options), Work(), **more
     )
 
 
@@ -284,7 +284,10 @@ def test_the_secant_inverse_equals_its_formula(ragged: bool, kind: int) -> None:
     function, samples = CellFunction(watched, x), Samples.of(z0, index)
     options = {"snes_anderson_m": 4, "snes_anderson_period": 3, "snes_max_it": 6, "snes_anderson_type": kind}
     solver = ForwardSolver(
-        function.bind(function.tensors), samples, Options("deq_", {**options, "snes_fallback": "none"}), Work()
+        function.bind(function.tensors, now=True),
+        samples,
+        Options("deq_", {**options, "snes_fallback": "none"}),
+        Work(),
     )
     solver.retain = True
     assert not bool(solver.solve(z0).converged.any())

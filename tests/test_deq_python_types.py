@@ -118,7 +118,7 @@ def test_a_monitor_sees_the_whole_state_after_samples_have_left() -> None:
     vector.setArray(z0.numpy().ravel())
     snes.setType("python")
     snes.setPythonType(ANDERSON)
-    snes.appctx = Batch(SampleMap(CellFunction(watched, x).bind(function.tensors[-1:]), Samples(6)), z0)
+    snes.appctx = Batch(SampleMap(CellFunction(watched, x).bind(function.tensors[-1:], now=True), Samples(6)), z0)
     norms = []
 
     def look(_: PETSc.SNES, number: int, norm: float) -> None:

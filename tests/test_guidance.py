@@ -142,7 +142,7 @@ def test_tolerances_follow_the_progress() -> None:
     accuracy = Accuracy()
     assert accuracy.tolerance == BEGINNING
     assert accuracy.update(1.0, 10.0, 2.0)
-    accuracy.learn(1e-3)
+    accuracy.learn(0.25 * ALLOWED_ERROR)  # as it should be
     assert not accuracy.update(0.5, 5.0, 2.0)
     assert accuracy.tolerance == pytest.approx(0.5 * BEGINNING)
     accuracy.update(0.499, 5.0, 2.0)  # hardly any decrease

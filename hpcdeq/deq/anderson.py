@@ -25,7 +25,7 @@ from hpcdeq.deq.samples import SampleMap, Samples
 from hpcdeq.errors import OptionError
 from hpcdeq.petsc import PETSc
 
-# A sample whose residual grew by this factor over a plain iteration mixes at every iteration from then on.
+# A sample whose residual grew by this factor over the plain iterations since it last mixed mixes at every one from then on.
 EXPANDING = 2.0
 
 
@@ -142,7 +142,9 @@ class AndersonIteration(BatchIteration):
             self.history = settings.history(self.z, self.samples) if settings.window else None
         self.expanding = np.zeros(self.samples.count, dtype=bool)
         self._plain = False  # whether z is the last image
-        self._before: tuple[Tensor, Tensor, Values] | None = None  # image, residual, norms
+        self._iterated: Values | None = None  # samples whose z is the last image; None: none
+        self._plain_from = self.norm  # norms where the plain iterations began
+        self._before: tuple[Tensor, Tensor] | None = None  # image and residual
         self.image_answers = False
         self._mixings = 0
         self._since_mixing = settings.period if kept is not None and kept.filled else 0
@@ -160,7 +162,7 @@ class AndersonIteration(BatchIteration):
             return self.image - self.z
         self._since_mixing += 1
         soon = self.settings.period <= history.window and self.iteration > self.settings.delay
-        return history.enter(self.z, self.image, before[:2], plain=self._plain, soon=soon)
+        return history.enter(self.z, self.image, before, plain=self._plain, soon=soon)
 
     def advance(self) -> Tensor:
         """Return the next state."""
@@ -168,25 +170,38 @@ class AndersonIteration(BatchIteration):
         image, residual, norm = self.image, self.residual, self.norm
         if history is None:
             return image if settings.mixing == 1.0 else torch.lerp(self.z, image, settings.mixing)
-        if self._plain and settings.period > 1 and self._before is not None:
-            self.expanding |= norm > EXPANDING * self._before[2]
-        self._before = (image, residual, norm)
+        if self._iterated is None or settings.period == 1:
+            self._plain_from = norm
+        else:
+            self.expanding = self.expanding | (self._iterated & (norm > EXPANDING * self._plain_from))
+        self._before = (image, residual)
         due = self._since_mixing >= settings.period or (settings.delay == self.iteration and self.iteration > 0)
         mixing = history.filled > 0 and self.iteration >= settings.delay and (due or self.expanding.any())
         self._plain = not mixing and settings.mixing == 1.0
+        self._iterated = None
+        if settings.mixing == 1.0 and not (mixing and due):
+            self._iterated = ~self.expanding if mixing else np.ones_like(self.expanding)
         if not mixing:
             return image if self._plain else torch.lerp(self.z, image, settings.mixing)
         grown = norm > settings.growth * self.best
+        if not due:  # the others go on as if those that expand were not there
+            grown &= self.expanding
+        anew = bool(due and settings.restart and (self._mixings + 1) % settings.restart == 0)
+        if anew or grown.any():
+            residual = residual.clone()  # it may lie in a column of the history
+            self._before = (image, residual)
         if grown.any():
             history.forget(self.device(grown))
             self.best = np.where(grown, norm, self.best)
         coefficients = history.coefficients(residual)
         if not due:
-            coefficients = coefficients * self.samples.spread(self.device(self.expanding))[:, None]
-        self._since_mixing = 0 if due else self._since_mixing
+            mixed = self.samples.spread(self.device(self.expanding))[:, None]
+            coefficients = torch.where(mixed, coefficients, 0.0)
         z = history.apply(image, residual, coefficients, settings.mixing)
-        self._mixings += 1
-        if settings.restart and self._mixings % settings.restart == 0:
+        if due:
+            self._since_mixing = 0
+            self._mixings += 1
+        if anew:
             history.clear()
         return z
 
@@ -196,8 +211,9 @@ class AndersonIteration(BatchIteration):
         super().keep(keep, rows, samples)
         names = self.host(keep)
         self.expanding = self.expanding[names]
-        if self._before is not None:  # of which only the norms are still asked for
-            self._before = (*self._before[:2], self._before[2][names])
+        if self._iterated is not None:
+            self._iterated = self._iterated[names]
+        self._plain_from = self._plain_from[names]
         if self.history is not None:
             self.history.keep(keep, rows, samples)
 

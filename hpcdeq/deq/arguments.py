@@ -13,6 +13,8 @@ from torch.func import functional_call
 
 from hpcdeq.errors import ShapeError
 
+# How far from the state, relative to it and to one, a cell on fewer samples is compared with the cell on all.
+PROBE = 0.1
 Cell = Callable[[Tensor, Any], Tensor]
 StateFunction = Callable[..., Tensor]
 
@@ -122,6 +124,7 @@ class BoundCell:
         self.cell = cell
         self.parameters = parameters
         self.given = given
+        self.checked = 0  # samples evaluated to see whether the restriction to these is right
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return f(z). Not collective."""
@@ -129,12 +132,12 @@ class BoundCell:
             return self.cell(z, self.given)
         return functional_call(self.cell, self.parameters, (z, self.given))  # type: ignore[arg-type]
 
-    def restrict(self, keep: Tensor, rows: Tensor, count: int, z: Tensor, image: Tensor) -> BoundCell | None:
+    def restrict(self, keep: Tensor, rows: Tensor, count: int, z: Tensor) -> BoundCell | None:
         """Return the function for some of its samples; None where the cell cannot be restricted.
 
         Not collective. A cell says what its input is for fewer samples with a method ``select(given, keep)``. Without
         one, every tensor whose first length is the number of samples is taken to have a row for each; the first time that
-        an input of some form is restricted, the result is compared with the image that is known.
+        an input of some form is restricted, both are evaluated near the state and compared.
 
         Parameters
         ----------
@@ -144,25 +147,31 @@ class BoundCell:
             Rows of the state that belong to them.
         count
             Number of samples so far.
-        z, image
-            A state of the kept samples and its image.
+        z
+            A state of all samples so far.
         """
         select = getattr(self.cell, "select", None)
         kind = "select" if select is not None else _form(self.given, count)
-        if kind is None or (select is None and image.shape[0] != len(keep)):
+        if kind is None or (select is None and len(rows) != len(keep)):
             return None
         given = _narrowed(self.given, keep, count) if select is None else select(self.given, keep)
         fewer = BoundCell(self.cell, self.parameters, given)
         trusted = _trusted(self.cell)
         if kind not in trusted:
+            # Away from the state, where samples that depend on each other differ from what they are on their own: at a
+            # state of zeros, say, the mean over a batch is that over any part of it.
+            steps = torch.arange(z.numel(), dtype=torch.float64, device=z.device).cos().reshape(z.shape)
+            probe = z + (PROBE * (1 + z.abs()) * steps).to(z.dtype)
+            image = self(probe).index_select(0, rows)
             try:
-                again = fewer(z)
-            except (RuntimeError, IndexError):  # what torch raises for lengths that do not fit
+                again = fewer(probe.index_select(0, rows))
+            except Exception:  # lengths that do not fit: RuntimeError by torch, anything by other libraries
                 return None
             rounding = torch.finfo(image.dtype).eps ** 0.5 * image.abs().amax()
             if again.shape != image.shape or not bool((again - image).abs().amax() <= rounding):
                 return None
             trusted.add(kind)
+            fewer.checked = count + len(keep)
         return fewer
 
 

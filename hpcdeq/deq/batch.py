@@ -92,6 +92,8 @@ class BatchIteration:
         ``(B,)`` norms of the present residual, of the smallest and of the first.
     size
         ``(B,)`` what residuals are compared with.
+    over
+        ``(B,)`` which of the samples at work have converged or have no hope: at work only until they leave.
     leave_at
         Samples leave once this part of those at work has ended: each time what is kept of the others is copied.
     """
@@ -110,7 +112,9 @@ class BatchIteration:
         self.outcome = Outcome(self.z.clone(), np.full(count, np.inf), np.full(count, np.inf), np.full(count, -1))
         self._names = np.arange(count)
         self._rows: Tensor | None = None  # of the samples at work in the whole state; None: all of them
-        self._ended = np.zeros(count, dtype=bool)  # at work only because they cannot leave
+        self._since = np.full(count, -1)
+        self._together = False  # whether samples cannot leave: they may depend on each other, and end at one state
+        self.over = np.zeros(count, dtype=bool)
         self._finished = 0.0  # sum of squares of the residuals of samples that have left
         self._failures: set[str] = set()
 
@@ -130,6 +134,12 @@ class BatchIteration:
         """Say whether so many samples that have ended should leave now."""
         return ended >= max(1.0, self.leave_at * self.samples.count)
 
+    def hopeful(self, finite: Values) -> Values:
+        """Return which samples may go on, of those whose norms are finite, ``(B,)``."""
+        if self.limits.divergence <= 0:
+            return finite
+        return finite & (self.norm <= self.limits.divergence * self.first)
+
     def sizes(self) -> Values:
         """Return what the residual of each sample is compared with, ``(B,)``."""
         return self.host(self.samples.norms(self.image))
@@ -148,7 +158,7 @@ class BatchIteration:
         names = self.host(keep)
         self.norm, self.size = self.norm[names], self.size[names]
         self.best, self.first = self.best[names], self.first[names]
-        self._names, self._ended = self._names[names], self._ended[names]
+        self._names, self._since, self.over = self._names[names], self._since[names], self.over[names]
         self._rows = rows if self._rows is None else self._rows.index_select(0, rows)
         self.samples = samples
 
@@ -175,22 +185,20 @@ class BatchIteration:
                     self.size = self.sizes()
                 size = self.size
                 self.outcome.trail.append((self.map.evaluated, time.perf_counter() - began, self.norm, size))
-                converged = self.norm <= limits.rtol * size + limits.atol
-                hopeless = ~(
-                    self.norm <= (limits.divergence * self.first if limits.divergence > 0 else np.finfo(float).max)
-                )
-                over = converged | hopeless | self._ended
+                # An infinite residual is within any multiple of an infinite size.
+                finite = np.isfinite(self.norm) & np.isfinite(size)
+                converged = finite & (self.norm <= limits.rtol * size + limits.atol)
+                self._since = np.where(converged, np.where(self._since < 0, self.iteration, self._since), -1)
+                self.over = converged | ~self.hopeful(finite)
                 if self.iteration >= limits.iterations:
-                    over[:] = True
+                    self.over[:] = True
                 watch(self.iteration, (self._finished + float(self.norm @ self.norm)) ** 0.5)
-                if over.any():
-                    ended = int(over.sum())
-                    everyone = ended == self.samples.count
-                    if everyone or self.worth_leaving(ended - int(self._ended.sum())):
-                        self._settle(over & ~self._ended, converged, size)
-                        if everyone:
-                            return self._reason()
-                        self._leave(over)
+                ended = int(self.over.sum())
+                if ended == self.samples.count:
+                    self._settle(converged)
+                    return self._reason()
+                if ended and not self._together and self.worth_leaving(ended):
+                    self._leave(converged)
                 self.best = np.minimum(self.best, self.norm)
                 self.z = self.advance()
                 self.iteration += 1
@@ -206,14 +214,10 @@ class BatchIteration:
 
     def value(self) -> Tensor:
         """Return the state of all samples as it is now, ``(rows, d)``."""
-        value = self.outcome.value.clone()
-        at_work = ~self.samples.spread(self.device(self._ended))
-        rows = torch.arange(len(value), device=value.device) if self._rows is None else self._rows
-        value[rows[at_work]] = self.z[at_work]
-        return value
+        return self.z if self._rows is None else self.outcome.value.index_copy(0, self._rows, self.z)
 
-    def _settle(self, over: Values, converged: Values, size: Values) -> None:
-        gone = over.nonzero()[0]
+    def _settle(self, converged: Values) -> None:
+        gone = self.over.nonzero()[0]
         rows, _ = self.samples.rows_of(self.device(gone))
         value = self.answer().index_select(0, rows)
         if not converged[gone].all():
@@ -221,24 +225,24 @@ class BatchIteration:
             value = torch.where(answered, value, self.z.index_select(0, rows))
         self.outcome.value[rows if self._rows is None else self._rows.index_select(0, rows)] = value
         names, norm, good = self._names[gone], self.norm[gone], converged[gone]
-        self.outcome.residual[names], self.outcome.size[names] = norm, size[gone]
-        self.outcome.since[names[good]] = self.iteration
+        self.outcome.residual[names], self.outcome.size[names] = norm, self.size[gone]
+        self.outcome.since[names] = self._since[gone]
         finite = np.isfinite(norm[~good])
         if not finite.all():
             self._failures.add(NANORINF)
         if finite.any():
             self._failures.add("DIVERGED_MAX_IT" if self.iteration >= self.limits.iterations else "DIVERGED_DTOL")
 
-    def _leave(self, over: Values) -> None:
-        keep = self.device((~over).nonzero()[0])
+    def _leave(self, converged: Values) -> None:
+        keep = self.device((~self.over).nonzero()[0])
         rows, samples = self.samples.rows_of(keep)
-        z, image = (self.shaped(t.index_select(0, rows)) for t in (self.z, self.image))
-        if self.map.restrict(keep, rows, samples, z, image):
-            gone = self.norm[over]
+        if self.map.restrict(keep, rows, samples, self.shaped(self.z)):
+            self._settle(converged)
+            gone = self.norm[self.over]
             self._finished += float(np.square(gone[np.isfinite(gone)]).sum())
             self.keep(keep, rows, samples)
         else:
-            self._ended = over
+            self._together = True
 
     def _reason(self) -> str:
         for name in (NANORINF, "DIVERGED_DTOL", "DIVERGED_MAX_IT"):
@@ -262,6 +266,8 @@ class Batch:
         Whether what the solver learns of the Jacobian is kept for the whole batch.
     evaluated_again
         Whether the caller evaluates the cell at the answer anyway, and judges its residual then.
+    differentiable
+        Whether torch can differentiate the map.
 
     Attributes
     ----------
@@ -279,9 +285,11 @@ class Batch:
         start: Tensor | None = None,
         retain: bool = False,
         evaluated_again: bool = False,
+        differentiable: bool = True,
     ) -> None:
         self.start = start
         self.evaluated_again = evaluated_again
+        self.differentiable = differentiable
         self.map = map
         self.like = like
         self.retain = retain
@@ -314,7 +322,7 @@ class BatchSolver:
 
     def solve(self, snes: PETSc.SNES, b: PETSc.Vec | None, x: PETSc.Vec) -> None:
         """Solve from the state in x, and leave the answer there."""
-        batch = snes.appctx if isinstance(snes.appctx, Batch) else _whole_vector(snes, b, x)
+        batch = snes.appctx if isinstance(snes.appctx, Batch) else _whole_vector(snes, x)
         rtol, atol, _, most = snes.getTolerances()
         z0 = copy_from_vector(x, batch.like) if batch.start is None else batch.start
         prefix = snes.getOptionsPrefix() or ""
@@ -340,7 +348,7 @@ class BatchSolver:
         snes.setConvergedReason(getattr(PETSc.SNES.ConvergedReason, reason))
 
 
-def _whole_vector(snes: PETSc.SNES, b: PETSc.Vec | None, x: PETSc.Vec) -> Batch:
+def _whole_vector(snes: PETSc.SNES, x: PETSc.Vec) -> Batch:
     """Return the batch of one sample that any other SNES is."""
     if x.getComm().getSize() > 1:
         raise HpcdeqError(
@@ -353,9 +361,7 @@ def _whole_vector(snes: PETSc.SNES, b: PETSc.Vec | None, x: PETSc.Vec) -> Batch:
 
     def function(z: Tensor) -> Tensor:
         copy_to_vector(z, state)
-        snes.computeFunction(state, residual)
-        if b is not None:
-            residual.axpy(-1.0, b)
+        snes.computeFunction(state, residual)  # less the right-hand side
         return z - copy_from_vector(residual, like)
 
-    return Batch(SampleMap(function, Samples(1)), like)
+    return Batch(SampleMap(function, Samples(1)), like, differentiable=False)

@@ -130,7 +130,8 @@ class Equilibrium:
                 return self._at.value
 
         solver = ForwardSolver(self.function.bind(tensors, now=True), self.samples, self.options, self.log.work)
-        solver.retain = self.differentiated and (self.kind == "shine" or self.options.chosen("pc_type") == "secant")
+        # Whatever `differentiated` says, which forward-mode derivatives are not seen by.
+        solver.retain = self.kind == "shine" or self.options.chosen("pc_type") == "secant"
         solver.loosened = self.help.loosened[0]
         self.log.solution = None
         self.log.solution = solver.solve(z0.detach(), evaluate)

@@ -21,8 +21,8 @@ from hpcdeq.errors import ConvergenceError, OptionError
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.operators import ProductMatrix
 from hpcdeq.petsc.options import Options
-from hpcdeq.petsc.python_types import SHORT_NAMES
-from hpcdeq.petsc.solves import SolveRecord, run_snes, type_name
+from hpcdeq.petsc.python_types import SHORT_NAMES, full_name, short_name
+from hpcdeq.petsc.solves import SolveRecord, reraise, run_snes, type_name
 from hpcdeq.petsc.vectors import copy_from_vector, copy_to_vector, shaped_read
 
 # (relative, absolute) tolerances of a sample's residual, and the relative one of the derivative systems, by precision.
@@ -141,13 +141,14 @@ class ForwardSolver:
             snes.getKSP().setTolerances(rtol=1e-4)
             snes.getKSP().getPC().setType(PETSc.PC.Type.NONE)
             with self.options.inserted():
-                snes.setFromOptions()
+                reraise(snes.setFromOptions)
                 snes.setTolerances(rtol=max(snes.getTolerances()[0], self.loosened))
                 if kind is None:
                     chain = PETSc.Options(self.options.prefix).getString("snes_fallback", FALLBACK)
-                    self.fallback = [] if chain in ("none", "") else chain.split(",")
+                    self.fallback = [] if chain.strip() in ("none", "") else [one.strip() for one in chain.split(",")]
                 else:
                     _set_type(snes, kind)
+                _set_inner_types(snes)
                 # Asked of another type, PETSc would crash.
                 ours = snes.getType() == PETSc.SNES.Type.PYTHON and isinstance(snes.getPythonContext(), BatchSolver)
                 if ours:
@@ -159,7 +160,9 @@ class ForwardSolver:
                     snes.setJacobian(run.update_jacobian, jacobian)
                 record = self._run(snes, vector)
             self.rtol, self.atol = snes.getTolerances()[:2]
-            per_sample, self.history = snes.appctx.iteration, snes.appctx.history
+            per_sample = snes.appctx.iteration
+            if kind is None:
+                self.history = snes.appctx.history
             if per_sample is None:
                 value = copy_from_vector(vector, z0)
             else:
@@ -205,7 +208,7 @@ class ForwardSolver:
                 last = evaluate_last(z)
             self.evaluated += self.samples.count
             residual, size = self.samples.norms(last - z).double(), self.samples.norms(last).double()
-        within = residual <= SLACK * (self.rtol * size + self.atol)
+        within = (residual <= SLACK * (self.rtol * size + self.atol)) & residual.isfinite() & size.isfinite()
         if attempt.known is not None:
             within &= attempt.since >= 0
         iterations = torch.where(attempt.since >= 0, attempt.since, record.iterations)
@@ -231,6 +234,8 @@ class ForwardSolver:
     ) -> Solution:
         """Try another solver on the samples that have not converged, where the cell can be told of them alone."""
         bad = (~first.converged).to(z0.device)
+        if self.history is not None:
+            self.history.forget(bad)  # differences from nowhere near the fixed point
         with torch.no_grad():
             image = self.function(z0)
         self.evaluated += self.samples.count
@@ -242,7 +247,8 @@ class ForwardSolver:
         function, start = self.function, z0
         if z0.dim() > 1 or self.samples.index is not None:
             fewer = SampleMap(self.function, self.samples)
-            if fewer.restrict(chosen, rows, samples, z0.index_select(0, rows), image.index_select(0, rows)):
+            if fewer.restrict(chosen, rows, samples, z0):
+                self.evaluated += fewer.evaluated
                 function, start = fewer.function, z0.index_select(0, rows)
         if start is z0:
             rows, samples = torch.arange(len(z0), device=z0.device), self.samples
@@ -298,7 +304,7 @@ class _Run:
         rtol, atol, _, _ = snes.getTolerances()
         with shaped_read(snes.getSolution(), self.like) as z, shaped_read(snes.getFunction()[0], self.like) as residual:
             norm, size = samples.norms(residual), samples.norms(z - residual)
-        done = norm <= rtol * size + atol
+        done = (norm <= rtol * size + atol) & norm.isfinite() & size.isfinite()
         self.since = torch.where(done, torch.where(self.since < 0, iteration, self.since), -1)
         elapsed = time.perf_counter() - self.began
         self.trail.append((self.mean_evaluations(self.map.evaluated), elapsed, norm.cpu().numpy(), size.cpu().numpy()))
@@ -331,8 +337,18 @@ def _unset(x: PETSc.Vec, y: PETSc.Vec) -> None:
     raise RuntimeError("the Jacobian is used before it is computed")
 
 
+def _set_inner_types(snes: PETSc.SNES) -> None:
+    """Give Newton's inner systems what they can use, where the options choose for tangent and adjoint systems alone."""
+    ksp = snes.getKSP()
+    if ksp.getType() == PETSc.KSP.Type.PYTHON and short_name(ksp.getPythonType()) in SHORT_NAMES["ksp_type"]:
+        ksp.setType(PETSc.KSP.Type.GMRES)
+    pc = ksp.getPC()
+    if pc.getType() == PETSc.PC.Type.PYTHON and pc.getPythonType() == full_name("pc_type", "secant"):
+        pc.setType(PETSc.PC.Type.NONE)
+
+
 def _set_type(snes: PETSc.SNES, kind: str) -> None:
-    place = SHORT_NAMES["snes_type"].get(kind)
+    place = full_name("snes_type", kind)
     if place is not None:
         snes.setType(PETSc.SNES.Type.PYTHON)
         snes.setPythonType(place)

@@ -112,15 +112,18 @@ class History:
     def inverse_product(self, v: Tensor, *, transpose: bool) -> Tensor:
         """Return H v, or Hᵀ v, with H ≈ (I - J)⁻¹ from the secant equations H Δr_j = -Δz_j, ``(rows, d)``.
 
-        H = I - ΔF (ΔRᵀ ΔR)⁻¹ ΔRᵀ is the inverse of the quasi-Newton matrix behind type II mixing (Fang and Saad 2009).
+        H = I - ΔF (Lᵀ ΔR)⁻¹ Lᵀ is the inverse of the quasi-Newton matrix behind mixing (Fang and Saad 2009), with L = ΔR for
+        type II and L = ΔZ for type I.
         """
         if not self.filled:
             return v.clone()
         self._absorb()
         left, right = self.residuals[:, : self.filled], self.images[:, : self.filled]
+        if self.kind == 1:
+            left = right - left
         if transpose:
             left, right = right, left
-        solved = self._solve(torch.bmm(v[:, None], left.mT)[:, 0], SECANT_RIDGE)
+        solved = self._solve(torch.bmm(v[:, None], left.mT)[:, 0], SECANT_RIDGE, transpose=transpose)
         return torch.baddbmm(v[:, None], solved[:, None], right, alpha=-1)[:, 0]
 
     def _absorb(self) -> None:
@@ -150,7 +153,7 @@ class History:
             self.gram[:, :filled, picked] = self.samples.total(torch.bmm(states, new.mT)).double()
         self._new.clear()
 
-    def _solve(self, right: Tensor, ridge: float | None = None) -> Tensor:
+    def _solve(self, right: Tensor, ridge: float | None = None, *, transpose: bool = False) -> Tensor:
         """Return the solutions of the Gram systems by row, right-hand sides ``(rows, filled)`` by row too."""
         ridge = self.ridge if ridge is None else ridge
         gram = self.gram[:, : self.filled, : self.filled]
@@ -159,6 +162,7 @@ class History:
         scale = torch.where(diagonal != 0, diagonal.abs().rsqrt(), 0.0)
         scaled = gram * (scale[:, :, None] * scale[:, None, :])
         scaled.diagonal(dim1=1, dim2=2).add_(ridge + (diagonal == 0))
+        scaled = scaled.mT if transpose else scaled
         scaled_right = self.samples.total(right).double().mul_(scale)
         solved, _ = torch.linalg.solve_ex(scaled, scaled_right[:, :, None])
         coefficients = (solved.squeeze(2) * scale).nan_to_num_(0.0, 0.0, 0.0)

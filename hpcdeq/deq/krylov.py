@@ -60,16 +60,15 @@ class AffineMap:
         """Return the value in the shape of w."""
         return (self.at.vjp(w) if self.transpose else self.at.jvp(w)) + self.right
 
-    def restrict(self, keep: Tensor, rows: Tensor, count: int, w: Tensor, image: Tensor) -> AffineMap | None:
+    def restrict(self, keep: Tensor, rows: Tensor, count: int, w: Tensor) -> AffineMap | None:
         """Return the map for some samples, by linearising their cells alone; arguments as in `BoundCell.restrict`."""
         restrict = getattr(self.cell, "restrict", None)
         if restrict is None:
             return None
-        z = self.at.z.detach().index_select(0, rows)
-        cell = restrict(keep, rows, count, z, self.at.value.index_select(0, rows))
+        cell = restrict(keep, rows, count, self.at.z.detach())
         if cell is None:
             return None
-        at = Linearisation(cell, z, ())
+        at = Linearisation(cell, self.at.z.detach().index_select(0, rows), ())
         self.work.cell_evaluations += len(keep)
         return AffineMap(at, cell, self.right.index_select(0, rows), self.transpose, self.work)
 
@@ -130,7 +129,7 @@ class PerSampleAnderson(TensorSolver):
 
         def watch(number: int, norm: float) -> None:
             ksp.setIterationNumber(number)
-            ksp.setResidualNorm(norm)
+            ksp.setResidualNorm(norm if norm == norm else float("inf"))  # PETSc takes no NaN here
             ksp.logConvergenceHistory(norm)
             ksp.monitor(number, norm)
 

@@ -21,7 +21,7 @@ from hpcdeq.errors import ConvergenceError
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.options import Options
 from hpcdeq.petsc.python_types import full_name
-from hpcdeq.petsc.solves import SolveRecord, run_ksp
+from hpcdeq.petsc.solves import SolveRecord, reraise, run_ksp
 from hpcdeq.petsc.vectors import copy_from_vector, copy_to_vector
 
 MAX_ITERATIONS = 1000
@@ -178,7 +178,15 @@ class LinearSolver:
             unknown = torch.full_like(norm, float("nan")).cpu()
             self.outcome = LinearSolution(f"INEXACT_{kind.upper()}", record.iterations, unknown, norm.cpu(), record)
             return answer
-        self._judge(ksp, record, answer, g, norm, transpose=transpose)
+        try:
+            self._judge(ksp, record, answer, g, norm, transpose=transpose)
+        except ConvergenceError:
+            if kind != DIRECT or self._kind is not None:
+                raise
+            # Not blocks after all, where samples depend on each other.
+            self._solver = "gmres", self._make("gmres", None)
+            self.method = "gmres: the dense blocks of the samples do not solve the system"
+            return self.solve(g, transpose=transpose, guess=guess)
         return answer
 
     def _judge(
@@ -248,6 +256,6 @@ class LinearSolver:
         ksp.setTolerances(rtol=rtol, atol=1e-50, max_it=MAX_ITERATIONS)
         ksp.setAppCtx(self._problem)
         with self.options.inserted():
-            ksp.setFromOptions()
+            reraise(ksp.setFromOptions)
         ksp.setTolerances(rtol=max(ksp.getTolerances()[0], self.loosened))
         return ksp

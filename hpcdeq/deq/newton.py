@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcdeq.deq.batch import Batch, BatchIteration, BatchSolver, Limits
+from hpcdeq.deq.batch import Batch, BatchIteration, BatchSolver, Limits, Values
 from hpcdeq.deq.dense import Factors
 from hpcdeq.deq.jacobian import Linearisation
 from hpcdeq.deq.resolvent import ResolventMatrix
@@ -39,7 +39,7 @@ class NewtonIteration(BatchIteration):
     def advance(self) -> Tensor:
         """Return the next state."""
         # A decrease in proportion to the step (Armijo's, for ‖r‖).
-        back = ~(self.norm <= (1 - 1e-4 * self._length) * self._merit) & (self._length > 2.0**-HALVINGS)
+        back = ~(self.norm <= (1 - 1e-4 * self._length) * self._merit) & self._may_go_back() & ~self.over
         if back.any():
             self._length = np.where(back, self._length / 2, 0.0)
             self._age = self.lag  # after a step that failed the Jacobian is made anew
@@ -56,6 +56,13 @@ class NewtonIteration(BatchIteration):
         self._step = self._factors.solve(self.residual, transpose=False)
         self._length = np.ones_like(self.norm)
         return self.z + self._step
+
+    def hopeful(self, finite: Values) -> Values:
+        """Return which samples may go on: those too that are at the end of a step that can be halved."""
+        return super().hopeful(finite) | self._may_go_back()
+
+    def _may_go_back(self) -> Values:
+        return (self._length > 2.0**-HALVINGS) & np.isfinite(self._merit)
 
     def keep(self, keep: Tensor, rows: Tensor, samples: Samples) -> None:
         """Go on with some samples; arguments as in `SampleMap.restrict`."""
@@ -88,4 +95,9 @@ class PerSampleNewton(BatchSolver):
 
     def start(self, batch: Batch, z0: Tensor, limits: Limits) -> BatchIteration:
         """Return the iteration at its start. Not collective."""
+        if not batch.differentiable:
+            raise OptionError(
+                "-snes_type batched_newton differentiates a cell, and a SNES of yours has a function only: use newtonls, or"
+                " batched_anderson"
+            )
         return NewtonIteration(batch.map, z0, limits, self.lag)

@@ -84,7 +84,7 @@ class SampleMap:
     ----------
     function
         ``function(z) -> f(z)`` on a state of these samples; it may have a method
-        ``restrict(keep, rows, count, z, image)`` that returns the same function for fewer samples, or None.
+        ``restrict(keep, rows, count, z)`` that returns the same function for fewer samples, or None.
     samples
         Which rows belong together.
     work
@@ -106,11 +106,11 @@ class SampleMap:
         self.evaluated += self.samples.count
         return image
 
-    def restrict(self, keep: Tensor, rows: Tensor, samples: Samples, z: Tensor, image: Tensor) -> bool:
+    def restrict(self, keep: Tensor, rows: Tensor, samples: Samples, z: Tensor) -> bool:
         """Go on with some of the samples only, and say whether that was possible.
 
         Not collective. It is not where the cell cannot tell what of its input belongs to whom; and whether its restriction
-        is right is seen by evaluating it at a state whose image is known.
+        is right is seen by evaluating both.
 
         Parameters
         ----------
@@ -118,15 +118,16 @@ class SampleMap:
             ``(k,)`` increasing sample numbers.
         rows, samples
             From `Samples.rows_of`.
-        z, image
-            A state of the kept samples and its known image.
+        z
+            The state of all samples so far.
         """
         restrict = getattr(self.function, "restrict", None)
         if restrict is None:
             return False
         with torch.no_grad():
-            fewer = restrict(keep, rows, self.samples.count, z, image)
+            fewer = restrict(keep, rows, self.samples.count, z)
         if fewer is None:
             return False
+        self.evaluated += getattr(fewer, "checked", 0)
         self.function, self.samples = fewer, samples
         return True

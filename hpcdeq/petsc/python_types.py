@@ -43,6 +43,10 @@ OPTIONS = frozenset(
         "-ksp_phantom_steps",
         "-ksp_phantom_damping",
         "-snes_fallback",
+        # petsc4py reads these, not PETSc's library.
+        "-snes_python_type",
+        "-ksp_python_type",
+        "-pc_python_type",
     }
 )
 
