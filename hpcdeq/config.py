@@ -14,6 +14,12 @@ from typing import Any
 from hpcdeq.errors import OptionError, suggestion
 
 EMBEDDED = "burgers"
+# Fixed points to eight digits let line searches work to near the end; products need fewer. Layers on their own are
+# tighter (hpcdeq.deq.forward.TOLERANCES); single precision keeps theirs. A trial point that needs more than a hundred
+# iterations is better rejected.
+TRAINING_OPTIONS = {"deq_snes_rtol": "1e-8", "deq_snes_max_it": "100", "deq_ksp_rtol": "1e-6"}
+# Rejected, and not tried with other solvers: the optimiser's next trial point is cheaper.
+NO_FALLBACK = {"deq_snes_fallback": "none"}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcdeq.commands import CommandParser
-from hpcdeq.config import EMBEDDED, TrainConfig, as_toml, read_config
+from hpcdeq.config import EMBEDDED, NO_FALLBACK, TRAINING_OPTIONS, TrainConfig, as_toml, read_config
 from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, ConvergenceError, DataError, HpcdeqError, OptionError
 from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments
 
@@ -30,12 +30,6 @@ DEFAULT_MODELS = {"array": "mlp_deq", "graph": "graph_deq"}
 # The embedded problem is for a first look: it ends within a minute on two cores.
 EMBEDDED_SETTINGS = {"max_iterations": 15}
 EMBEDDED_SAMPLES = 1000
-# Fixed points to eight digits let line searches work to near the end; products need fewer. Layers on their own are
-# tighter (hpcdeq.deq.forward.TOLERANCES); single precision keeps theirs. A trial point that needs more than a hundred
-# iterations is better rejected.
-TRAINING_OPTIONS = {"deq_snes_rtol": "1e-8", "deq_snes_max_it": "100", "deq_ksp_rtol": "1e-6"}
-# Rejected, and not tried with other solvers: the optimiser's next trial point is cheaper.
-NO_FALLBACK = {"deq_snes_fallback": "none"}
 PREFIXES = ("tao_", "deq_")  # what an option of PETSc's must begin with
 
 EPILOG = """\
@@ -71,9 +65,11 @@ def build_parser() -> CommandParser:
         metavar="POLICY",
         help="samples without fixed point: raise (default), warn, mask (leave them out)",
     )
-    yes_or_no = argparse.BooleanOptionalAction
-    parser.add_argument("--warm-start", action=yes_or_no, help="begin fixed points at the last ones (default)")
-    parser.add_argument("--adaptive", action=yes_or_no, help="solve only as accurately as progress asks (default)")
+    for name, told in (
+        ("warm-start", "begin fixed points at the last ones"),
+        ("adaptive", "solve as progress asks for"),
+    ):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{told} (default)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser
 
@@ -123,10 +119,11 @@ def main(arguments: list[str]) -> int:
         PETSC_ARGUMENTS[:] = [word for name, value in config.petsc.items() for word in (f"-{name}", value) if word]
         from hpcdeq.models import model_config
         from hpcdeq.optim.presets import preset_of
-        from hpcdeq.petsc.options import insert_options
+        from hpcdeq.petsc.options import check_types, insert_options
         from hpcdeq.petsc.vocabulary import check_options
 
         check_options([f"-{name}" for name in config.petsc], PREFIXES)
+        check_types(config.petsc)
         insert_options(config.petsc)
         preset_of(config.optimizer)
         if config.model:

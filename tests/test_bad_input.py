@@ -36,6 +36,10 @@ def refused(run: Run, tmp_path: Path, *arguments: str, says: str, code: int = 2,
     ("arguments", "says"),
     [
         (["--max-iteration", "3"], "unknown option --max-iteration: did you mean --max-iterations?"),
+        (
+            ["-deq_snes_type", "batched_andersn"],
+            "batched_andersn: PETSc has no such type: did you mean batched_anderson?",
+        ),
         (["-tao_gatoll", "1e-3"], "unknown PETSc option -tao_gatoll: did you mean -tao_gatol?"),
         (["-snes_rtol", "1e-3"], "unknown PETSc option -snes_rtol: did you mean -deq_snes_rtol?"),
         (["--optimizer", "trng"], "unknown optimizer 'trng': did you mean trgn?"),

@@ -9,7 +9,8 @@ from conftest import Run
 
 from hpcdeq.errors import OptionError
 from hpcdeq.petsc import PETSc
-from hpcdeq.petsc.options import Options, as_text, database_options, unused_options
+from hpcdeq.petsc.options import Options, as_text, check_types, database_options, unused_options
+from hpcdeq.petsc.python_types import SHORT_NAMES
 from hpcdeq.petsc.vocabulary import check_options, vocabulary
 
 PREFIXES = ("tao_", "deq_")
@@ -223,3 +224,26 @@ def test_a_solver_s_own_options_are_checked_too() -> None:
 def test_without_a_readable_library_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpcdeq.petsc.vocabulary.vocabulary", lambda: frozenset())
     check_options(["-deq_snes_rtoll"], PREFIXES)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("snes_type", "batched_andersn", "batched_anderson"),
+        ("ksp_type", "gmrs", "gmres"),
+        ("pc_type", "bached_lu", "batched_lu"),
+        ("npc_snes_type", "nrichardsen", "nrichardson"),
+    ],
+)
+def test_a_type_that_does_not_exist_is_refused_with_the_nearest(name: str, value: str, meant: str) -> None:
+    with pytest.raises(OptionError, match=rf"{name} {value}: PETSc has no such type: did you mean {meant}"):
+        Options("deq_", {name: value})
+
+
+def test_every_type_that_exists_is_taken() -> None:
+    for name in ("snes_type", "ksp_type", "pc_type"):
+        theirs = [v for k, v in vars(getattr(PETSc, name[:-5].upper()).Type).items() if k.isupper()]
+        assert len(theirs) > 10
+        for kind in (*theirs, *SHORT_NAMES[name]):
+            check_types({f"deq_{name}": kind})
+    check_types({"tao_type": "bntr", "deq_snes_rtol": "1e-3"})

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hpcdeq.errors import OptionError
+from hpcdeq.errors import OptionError, suggestion
 from hpcdeq.petsc import PETSc
-from hpcdeq.petsc.python_types import short_name, spelled_out
-from hpcdeq.petsc.vocabulary import check_options
+from hpcdeq.petsc.python_types import SHORT_NAMES, short_name, spelled_out
+from hpcdeq.petsc.vocabulary import check_options, in_library
 
 Value = str | int | float | bool | None
 
@@ -42,6 +42,7 @@ class Options:
         self.prefix = prefix
         named = {name.lstrip("-"): value for name, value in (given or {}).items()}
         check_options([f"-{prefix}{name}" for name in named], [prefix])
+        check_types(named)
         self.given: dict[str, Any] = spelled_out(named)
 
     def chosen(self, chooser: str) -> str | None:
@@ -71,6 +72,40 @@ class Options:
                 database.delValue(name)
 
 
+def check_types(options: Mapping[str, object]) -> None:
+    """Refuse solver types that do not exist.
+
+    Not collective.
+
+    Parameters
+    ----------
+    options
+        Names without the dash, with their prefix, and values; only those that choose a type are looked at.
+
+    Raises
+    ------
+    OptionError
+        Names the option, the value, and the nearest type.
+    """
+    for name, value in options.items():
+        chooser = next((c for c in _TYPES if name == c or name.endswith("_" + c)), None)
+        if chooser is None:
+            continue
+        known = {word for kind, word in vars(_TYPES[chooser]).items() if kind.isupper() and isinstance(word, str)}
+        known |= set(SHORT_NAMES.get(chooser, ()))
+        if value not in known and not in_library(str(value)):
+            hint = suggestion(str(value), known, "see PETSc's manual page for the names")
+            raise OptionError(f"-{name} {value}: PETSc has no such type: {hint}")
+
+
+_TYPES = {
+    "snes_type": PETSc.SNES.Type,
+    "ksp_type": PETSc.KSP.Type,
+    "pc_type": PETSc.PC.Type,
+    "tao_type": PETSc.TAO.Type,
+}
+
+
 def as_text(value: Value) -> str | None:
     """Return an option's value as PETSc reads it; a flag has none. Not collective."""
     if value is None or value is True:
@@ -91,7 +126,7 @@ def insert_options(given: Mapping[str, str]) -> None:
 
 def database_options() -> dict[str, str]:
     """Return PETSc's options database as it stands, names without the dash, "" for a flag. Not collective."""
-    return {name: value or "" for name, value in PETSc.Options().getAll().items()}
+    return {name: value or "" for name, value in PETSc.Options().getAll().items() if name != "options_left"}
 
 
 def unused_options(prefixes: tuple[str, ...]) -> list[str]:

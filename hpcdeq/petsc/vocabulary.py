@@ -26,14 +26,31 @@ def vocabulary() -> frozenset[str]:
 
     Not collective.
     """
-    settings = petsc4py.get_config()
-    root = Path(settings["PETSC_DIR"]) / settings.get("PETSC_ARCH", "")
     names: set[str] = set()
-    files = {path.resolve() for path in (*root.glob("lib/libpetsc*.so*"), *root.glob("lib/libpetsc*.dylib"))}
-    for path in sorted(files):
+    for path in _libraries():
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             names.update(found.decode() for found in re.findall(rb"\x00(-[a-z][a-z0-9_]+)(?=\x00)", data))
     return frozenset(names) | OPTIONS if names else frozenset()
+
+
+def in_library(word: str) -> bool:
+    """Say whether a word is a string constant of the PETSc library, as the name of a type is; True where it cannot be read.
+
+    Not collective.
+    """
+    for path in _libraries():
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if data.find(b"\x00" + word.encode() + b"\x00") >= 0:
+                return True
+    return not _libraries()
+
+
+@functools.cache
+def _libraries() -> tuple[Path, ...]:
+    settings = petsc4py.get_config()
+    root = Path(settings["PETSC_DIR"]) / settings.get("PETSC_ARCH", "")
+    found = (*root.glob("lib/libpetsc*.so*"), *root.glob("lib/libpetsc*.dylib"))
+    return tuple(sorted({path.resolve() for path in found}))
 
 
 def check_options(given: Iterable[str], prefixes: Iterable[str]) -> None:
