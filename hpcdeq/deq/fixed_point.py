@@ -35,7 +35,9 @@ class FixedPoint(nn.Module):
     ----------
     cell
         ``cell(z, x) -> z``, any torch module; z of any shape, x a tensor or any tuple, list, dict or dataclass of
-        tensors. A method ``initial_state(x)`` gives the initial guess where it is not a zero of x's shape.
+        tensors. A method ``initial_state(x)`` gives the initial guess where it is not a zero of x's shape. Samples leave
+        the batch when they have converged if x is made of tensors with a row a sample, or if a method
+        ``select(x, samples)`` returns x for some ``(k,)`` increasing sample numbers, in their order.
     petsc_prefix
         Prefix of this layer's options: ``-deq_snes_type``, ``-deq_ksp_rtol``. A second layer in a model needs another.
     options
