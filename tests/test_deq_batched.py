@@ -10,7 +10,7 @@ import pytest
 import torch
 from cells import TanhCell, unrolled
 from oracles import Watched, affine, bounded, failing, graphs, krylov_states, matrices, mixed, randn, zeros
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpcdeq import parallel
 from hpcdeq.deq import solve_fixed_point
@@ -229,6 +229,29 @@ def picky(z: Tensor, x: Tensor) -> Tensor:
     if len(z) != 6:
         raise ValueError("batch normalisation, say, wants more samples")
     return 0.5 * torch.tanh(z) + x
+
+
+class Normalised(nn.Module):
+    """Its samples depend on each other in training, and not in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, dtype=torch.float64)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return 0.3 * torch.tanh(self.norm(z)) + x
+
+
+def test_a_restriction_is_looked_at_anew_in_another_mode_of_the_module() -> None:
+    cell, x, z0 = Normalised(), 3 * randn(16, 3), 3 * randn(16, 3)
+    for mode in (False, True):
+        cell.train(mode)
+        with torch.no_grad():
+            x[:8] = z0[:8] - cell(z0, 0 * x)[:8]  # at fixed points, in training until the others have moved
+            found = solve_fixed_point(cell, x, z0=z0, options=TIGHT)
+            residual = torch.linalg.vector_norm(cell(found.value, x) - found.value, dim=1)
+        assert float(residual.max()) < 1e-10
+    assert solve_fixed_point(cell, x).value.shape == x.shape  # where one sample alone is refused with a ValueError
 
 
 WEIGHT = 0.8 * torch.nn.init.orthogonal_(torch.empty(5, 5, dtype=torch.float64))

@@ -151,9 +151,12 @@ class BoundCell:
             A state of all samples so far.
         """
         select = getattr(self.cell, "select", None)
-        kind = "select" if select is not None else _form(self.given, count)
-        if kind is None or (select is None and len(rows) != len(keep)):
+        form = "select" if select is not None else _form(self.given, count)
+        if form is None or (select is None and len(rows) != len(keep)):
             return None
+        # Batch normalisation makes samples depend on each other in one mode of the module, and not in the other.
+        modes = tuple(m.training for m in self.cell.modules()) if isinstance(self.cell, nn.Module) else ()
+        kind = (form, modes)
         given = _narrowed(self.given, keep, count) if select is None else select(self.given, keep)
         fewer = BoundCell(self.cell, self.parameters, given)
         trusted = _trusted(self.cell)
@@ -227,7 +230,7 @@ def initial_state(cell: Cell, x: Any, function: StateFunction, tensors: Sequence
             try:
                 with torch.no_grad():
                     fits = function(z, *given).shape == z.shape
-            except (RuntimeError, ShapeError, IndexError):  # what torch raises for lengths that do not fit
+            except (RuntimeError, ShapeError, IndexError, ValueError):  # what torch raises for lengths that do not fit
                 continue
             whole = torch.zeros(shape, dtype=x.dtype, device=x.device)
             if fits and shape == x.shape:
