@@ -247,15 +247,35 @@ def test_others_go_on_with_the_samples_that_failed_alone(chain: str | None) -> N
     found = solve_fixed_point(watched, x, z0=zeros(4, 5), options=options)
     expected = torch.linalg.solve(torch.eye(5, dtype=torch.float64) - turns, x[1])
     torch.testing.assert_close(found.value, expected, rtol=0, atol=1e-8)
-    name = (chain or "ngmres").split(",")[0].strip()
-    assert len(found.attempts) == 2 and "2 of 4 samples converged" in found.attempts[0]
-    assert found.attempts[1] == f"{name} on the other 2: 2 of them converged"
+    assert "2 of 4 samples converged" in found.attempts[0]
+    if chain is None:  # ngmres finds one of them, and newtonls the other
+        name = "newtonls"
+        assert found.attempts[1].startswith("ngmres on the other 2: ") and found.attempts[-1].startswith("newtonls")
+    else:
+        name = chain.split(",")[0].strip()
+        assert found.attempts[1:] == [f"{name} on the other 2: 2 of them converged"]
     assert found.record.solver == name and bool(found.converged.all()) and found.reason.startswith("CONVERGED")
     assert bool((found.value[[0, 2]] == failed.value[[0, 2]]).all())
     again = watched.rows[len(first.rows) :]
     # Where they begin, whether they can be told apart, and the end are seen with all samples.
-    assert [n for n in again if n == 4] == [4] * again.count(4) and again.count(4) <= 3 and set(again) <= {2, 1, 4}
+    assert [n for n in again if n == 4] == [4] * again.count(4) and again.count(4) <= 6 and set(again) <= {2, 1, 4}
     assert sum(watched.rows) == found.evaluations * 4
+
+
+def test_a_fallback_is_not_spoilt_by_a_sample_without_a_fixed_point() -> None:
+    """The first has none; the others are found by ngmres, each on its own, after too few iterations of the first solver."""
+    matrix = 0.9 * torch.nn.init.orthogonal_(torch.empty(6, 6, dtype=torch.float64))
+    shift = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)[:, None]
+
+    def cell(z: Tensor, x: Tensor) -> Tensor:
+        return torch.where(x[:, :1] > 0, z + 1 + z.square(), torch.tanh(z @ matrix.T + x[:, 1:]))
+
+    x = torch.cat([shift, randn(3, 6)], dim=1)
+    found = failing(cell, x, zeros(3, 6), snes_max_it=60, snes_anderson_m=0, snes_fallback="ngmres")
+    assert found.converged.tolist() == [False, True, True]
+    for i in (1, 2):
+        alone = solve_fixed_point(cell, x[i : i + 1], z0=zeros(1, 6)).value
+        torch.testing.assert_close(found.value[i], alone[0], rtol=0, atol=1e-8)
 
 
 def test_a_fallback_that_fails_too_is_told() -> None:

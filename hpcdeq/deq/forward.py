@@ -32,6 +32,8 @@ MAX_ITERATIONS = 500
 DEFAULT_TYPE = "batched_anderson"
 # What goes on with the samples that the first solver gave up, in this order.
 FALLBACK = "ngmres,newtonls"
+# Up to so many of them are tried each on its own.
+ONE_BY_ONE = 16
 # A solver's last residual and the one computed afresh differ by rounding; more than this factor means a wrong answer.
 SLACK = 10.0
 
@@ -243,25 +245,23 @@ class ForwardSolver:
         chosen = bad.nonzero().squeeze(1)
         if not len(chosen):
             return first
-        rows, samples = self.samples.rows_of(chosen)
-        function, start = self.function, z0
-        if z0.dim() > 1 or self.samples.index is not None:
-            fewer = SampleMap(self.function, self.samples)
-            if fewer.restrict(chosen, rows, samples, z0):
-                self.evaluated += fewer.evaluated
-                function, start = fewer.function, z0.index_select(0, rows)
-        if start is z0:
-            rows, samples = torch.arange(len(z0), device=z0.device), self.samples
-        attempt = self._attempt(function, samples, start, kind)
-        value, since = first.value.clone(), first.iterations.to(z0.device)
-        if z0.dim() > 1 or self.samples.index is not None:
-            replaced = torch.zeros(len(z0), dtype=torch.bool, device=z0.device)
-            replaced[self.samples.rows_of(chosen)[0]] = True
-            value[replaced] = attempt.value[replaced[rows]]
-        else:
-            value = attempt.value
-        since[chosen] = attempt.since if len(attempt.since) == len(chosen) else attempt.since[chosen]
-        merged = replace(attempt, value=value, since=since, known=None, trail=[*first.trail, *attempt.trail])
+        value, since, trail = first.value.clone(), first.iterations.to(z0.device), list(first.trail)
+        # One by one while they are few: one that has no fixed point would spoil the mixing of the others.
+        groups = chosen.split(1) if len(chosen) <= ONE_BY_ONE else (chosen,)
+        for group in groups:
+            part = self._part(group, z0)
+            if part is None:
+                attempt = self._attempt(self.function, self.samples, z0, kind)
+                rows = self.samples.rows_of(chosen)[0] if len(attempt.since) > 1 else slice(None)
+                value[rows], since[chosen] = attempt.value[rows], attempt.since[chosen]
+            else:
+                function, samples, rows = part
+                attempt = self._attempt(function, samples, z0.index_select(0, rows), kind)
+                value[rows], since[group] = attempt.value, attempt.since
+            trail += attempt.trail
+            if part is None:
+                break
+        merged = replace(attempt, value=value, since=since, known=None, trail=trail)
         second = self._judge(merged, evaluate_last)
         done = int(second.converged.sum()) - int(first.converged.sum())
         attempts = [*first.attempts, f"{attempt.record.solver} on the other {len(chosen)}: {done} of them converged"]
@@ -269,6 +269,17 @@ class ForwardSolver:
         if bool(second.converged.all()):
             return replace(second, attempts=attempts)
         return replace(second, reason=first.reason, record=first.record, attempts=attempts)
+
+    def _part(self, chosen: Tensor, z0: Tensor) -> tuple[Callable[[Tensor], Tensor], Samples, Tensor] | None:
+        """Return the cell for some samples, those samples, and their rows; None where it cannot be told of them alone."""
+        if z0.dim() <= 1 and self.samples.index is None:
+            return None
+        rows, samples = self.samples.rows_of(chosen)
+        fewer = SampleMap(self.function, self.samples)
+        if not fewer.restrict(chosen, rows, samples, z0):
+            return None
+        self.evaluated += fewer.evaluated
+        return fewer.function, samples, rows
 
     def _count(self, solution: Solution) -> None:
         work = self.work
