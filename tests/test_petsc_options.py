@@ -9,7 +9,7 @@ from conftest import Run
 
 from hpcdeq.errors import OptionError
 from hpcdeq.petsc import PETSc
-from hpcdeq.petsc.options import Options, as_text, check_types, database_options, unused_options
+from hpcdeq.petsc.options import Options, as_text, check_types, database_options, number, unused_options
 from hpcdeq.petsc.python_types import SHORT_NAMES
 from hpcdeq.petsc.vocabulary import check_options, vocabulary
 
@@ -247,3 +247,13 @@ def test_every_type_that_exists_is_taken() -> None:
         for kind in (*theirs, *SHORT_NAMES[name]):
             check_types({f"deq_{name}": kind})
     check_types({"tao_type": "bntr", "deq_snes_rtol": "1e-3"})
+
+
+def test_an_option_that_is_no_number_is_refused_by_name(database: PETSc.Options) -> None:
+    database.setValue("opt_snes_anderson_period", "abc")
+    options = PETSc.Options("opt_")
+    with pytest.raises(OptionError, match="-opt_snes_anderson_period is 'abc': give a whole number"):
+        number(options, "snes_anderson_period", 8)
+    with pytest.raises(OptionError, match="-opt_snes_anderson_period is 'abc': give a number"):
+        number(options, "snes_anderson_period", 1.5)
+    assert number(options, "snes_anderson_m", 8) == 8 and number(options, "snes_anderson_beta", 0.5) == 0.5

@@ -24,6 +24,7 @@ from hpcdeq.deq.history import History
 from hpcdeq.deq.samples import SampleMap, Samples
 from hpcdeq.errors import OptionError
 from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.options import number
 
 # A sample whose residual grew by this factor over the plain iterations since it last mixed mixes at every one from then on.
 EXPANDING = 2.0
@@ -88,15 +89,15 @@ class Settings:
         """
         ours = default or Settings()
         name = f"{kind}_anderson_"
-        ridge = options.getReal(name + "ridge", -1.0 if ours.ridge is None else ours.ridge)
+        ridge = number(options, name + "ridge", -1.0 if ours.ridge is None else ours.ridge)
         settings = Settings(
-            options.getInt(name + "m", ours.window),
-            options.getReal(name + "beta", ours.mixing),
-            options.getInt(name + "period", ours.period),
-            options.getInt(name + "type", ours.kind),
-            options.getInt(name + "delay", ours.delay),
-            options.getInt(name + "restart", ours.restart),
-            options.getReal(name + "growth", ours.growth),
+            int(number(options, name + "m", ours.window)),
+            number(options, name + "beta", ours.mixing),
+            int(number(options, name + "period", ours.period)),
+            int(number(options, name + "type", ours.kind)),
+            int(number(options, name + "delay", ours.delay)),
+            int(number(options, name + "restart", ours.restart)),
+            number(options, name + "growth", ours.growth),
             None if ridge < 0 else ridge,
         )
         wrong = {

@@ -14,6 +14,7 @@ from torch import Tensor
 from hpcdeq.deq.systems import LinearProblem, TensorSolver
 from hpcdeq.errors import HpcdeqError, OptionError
 from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.options import number
 
 INEXACT = ("jfb", "phantom", "shine")
 
@@ -67,8 +68,8 @@ class Phantom(InexactAdjoint):
     def setFromOptions(self, ksp: PETSc.KSP) -> None:  # noqa: N802 (petsc4py's name)
         """Read steps and damping."""
         options = PETSc.Options(ksp.getOptionsPrefix())
-        self.steps = options.getInt("ksp_phantom_steps", self.steps)
-        self.damping = options.getReal("ksp_phantom_damping", self.damping)
+        self.steps = int(number(options, "ksp_phantom_steps", self.steps))
+        self.damping = number(options, "ksp_phantom_damping", self.damping)
         if self.steps < 1 or not 0 < self.damping <= 1:
             raise OptionError(
                 f"-{options.prefix or ''}ksp_phantom_steps is {self.steps} and _damping {self.damping}: give 1 or more steps,"

@@ -13,6 +13,7 @@ from hpcdeq.deq.resolvent import ResolventMatrix
 from hpcdeq.deq.samples import SampleMap, Samples
 from hpcdeq.errors import OptionError
 from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.options import number
 
 HALVINGS = 10
 
@@ -85,7 +86,7 @@ class PerSampleNewton(BatchSolver):
     def setFromOptions(self, snes: PETSc.SNES) -> None:  # noqa: N802 (petsc4py's name)
         """Read the lag. Not collective."""
         options = PETSc.Options(snes.getOptionsPrefix())
-        self.lag = options.getInt("snes_newton_lag", 1)
+        self.lag = int(number(options, "snes_newton_lag", 1))
         if self.lag < 1:
             raise OptionError(f"-{options.prefix or ''}snes_newton_lag is {self.lag}: give 1 or more iterations")
 

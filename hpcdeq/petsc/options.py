@@ -106,6 +106,24 @@ _TYPES = {
 }
 
 
+def number(options: PETSc.Options, name: str, default: float) -> float:
+    """Return the value of an option that is a number, whole where its default is.
+
+    Not collective.
+
+    Raises
+    ------
+    OptionError
+        It is none.
+    """
+    whole = isinstance(default, int)
+    try:
+        return options.getInt(name, default) if whole else options.getReal(name, default)
+    except PETSc.Error as error:
+        told = f"-{options.prefix or ''}{name} is {options.getString(name, '')!r}"
+        raise OptionError(f"{told}: give a {'whole number' if whole else 'number'}") from error
+
+
 def as_text(value: Value) -> str | None:
     """Return an option's value as PETSc reads it; a flag has none. Not collective."""
     if value is None or value is True:
