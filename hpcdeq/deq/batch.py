@@ -113,6 +113,7 @@ class BatchIteration:
         self._names = np.arange(count)
         self._rows: Tensor | None = None  # of the samples at work in the whole state; None: all of them
         self._since = np.full(count, -1)
+        self._settled = np.zeros(count, dtype=bool)  # those whose answer stands
         self._together = False  # whether samples cannot leave: they may depend on each other, and end at one state
         self.over = np.zeros(count, dtype=bool)
         self._finished = 0.0  # sum of squares of the residuals of samples that have left
@@ -159,6 +160,7 @@ class BatchIteration:
         self.norm, self.size = self.norm[names], self.size[names]
         self.best, self.first = self.best[names], self.first[names]
         self._names, self._since, self.over = self._names[names], self._since[names], self.over[names]
+        self._settled = self._settled[names]
         self._rows = rows if self._rows is None else self._rows.index_select(0, rows)
         self.samples = samples
 
@@ -180,10 +182,7 @@ class BatchIteration:
                 self.norm = self.host(self.samples.norms(self.residual))
                 if self.iteration == 0:
                     self.best = self.first = self.norm
-                # Sizes hardly change from one iteration to the next: near the goal they are taken anew.
-                if self.iteration % 4 == 0 or (self.norm <= 2 * limits.rtol * self.size + limits.atol).any():
-                    self.size = self.sizes()
-                size = self.size
+                size = self.size = self.sizes()
                 self.outcome.trail.append((self.map.evaluated, time.perf_counter() - began, self.norm, size))
                 # An infinite residual is within any multiple of an infinite size.
                 finite = np.isfinite(self.norm) & np.isfinite(size)
@@ -192,13 +191,21 @@ class BatchIteration:
                 self.over = converged | ~self.hopeful(finite)
                 if self.iteration >= limits.iterations:
                     self.over[:] = True
+                if not self._together:
+                    fresh = self.over & ~self._settled
+                    if fresh.any():
+                        # At once, and not when it leaves: an answer must not depend on when its batch mates are done.
+                        self._settle(fresh, converged)
+                        self._settled |= fresh
+                    self.over |= self._settled
                 watch(self.iteration, (self._finished + float(self.norm @ self.norm)) ** 0.5)
                 ended = int(self.over.sum())
                 if ended == self.samples.count:
-                    self._settle(converged)
+                    if self._together:
+                        self._settle(self.over, converged)
                     return self._reason()
                 if ended and not self._together and self.worth_leaving(ended):
-                    self._leave(converged)
+                    self._leave()
                 self.best = np.minimum(self.best, self.norm)
                 self.z = self.advance()
                 self.iteration += 1
@@ -216,8 +223,8 @@ class BatchIteration:
         """Return the state of all samples as it is now, ``(rows, d)``."""
         return self.z if self._rows is None else self.outcome.value.index_copy(0, self._rows, self.z)
 
-    def _settle(self, converged: Values) -> None:
-        gone = self.over.nonzero()[0]
+    def _settle(self, which: Values, converged: Values) -> None:
+        gone = which.nonzero()[0]
         rows, _ = self.samples.rows_of(self.device(gone))
         value = self.answer().index_select(0, rows)
         if not converged[gone].all():
@@ -233,16 +240,16 @@ class BatchIteration:
         if finite.any():
             self._failures.add("DIVERGED_MAX_IT" if self.iteration >= self.limits.iterations else "DIVERGED_DTOL")
 
-    def _leave(self, converged: Values) -> None:
+    def _leave(self) -> None:
         keep = self.device((~self.over).nonzero()[0])
         rows, samples = self.samples.rows_of(keep)
         if self.map.restrict(keep, rows, samples, self.shaped(self.z)):
-            self._settle(converged)
-            gone = self.norm[self.over]
+            gone = self.outcome.residual[self._names[self.over]]
             self._finished += float(np.square(gone[np.isfinite(gone)]).sum())
             self.keep(keep, rows, samples)
         else:
             self._together = True
+            self._failures.clear()
 
     def _reason(self) -> str:
         for name in (NANORINF, "DIVERGED_DTOL", "DIVERGED_MAX_IT"):

@@ -68,9 +68,7 @@ class Visits:
         """Return the numbers of the samples of a chunk."""
         return range(i * self.chunk_size, min((i + 1) * self.chunk_size, len(self.dataset)))
 
-    def each(
-        self, p: Tensor, rows: np.ndarray | None, compute: Callable[[Any, Tensor], Result], most: int | None = None
-    ) -> Iterator[Result]:
+    def each(self, p: Tensor, rows: np.ndarray | None, compute: Callable[[Any, Tensor], Result]) -> Iterator[Result]:
         """Yield what is computed of batches at weights p.
 
         Parameters
@@ -81,8 +79,6 @@ class Visits:
             Global numbers of samples; None: all.
         compute
             ``compute(inputs, targets)``.
-        most
-            Batches to stop after; None: no bound.
         """
         self.left_out = 0
         if rows is None:
@@ -91,7 +87,7 @@ class Visits:
             first = self.dataset.offset
             own = np.sort(rows[(rows >= first) & (rows < first + len(self.dataset))] - first).tolist()
             batches = [(own[k : k + self.chunk_size], None) for k in range(0, len(own), self.chunk_size)]
-        for ids, number in batches[:most]:
+        for ids, number in batches:
             result = self.visit(p, ids, number, compute)
             if result is not None:
                 yield result
