@@ -20,17 +20,11 @@ class Factors:
     Parameters
     ----------
     blocks
-        ``(B, d, d)``; overwritten.
-
-    Attributes
-    ----------
-    singular
-        ``(B,)`` blocks that have no inverse in this precision.
+        ``(B, d, d)``. A block without an inverse gives solutions that are not finite.
     """
 
     def __init__(self, blocks: Tensor) -> None:
-        self._lu, self._pivots, info = torch.linalg.lu_factor_ex(blocks)
-        self.singular = (info != 0) | ~torch.isfinite(self._lu.diagonal(dim1=1, dim2=2)).all(dim=1)
+        self._lu, self._pivots, _ = torch.linalg.lu_factor_ex(blocks)
 
     def keep(self, keep: Tensor) -> None:
         """Go on with some of the blocks."""
@@ -38,9 +32,7 @@ class Factors:
 
     def solve(self, right: Tensor, *, transpose: bool) -> Tensor:
         """Return A⁻¹ b, or A⁻ᵀ b, for ``(B, d)`` right-hand sides."""
-        if transpose:
-            return torch.linalg.lu_solve(self._lu, self._pivots, right[:, :, None], adjoint=True)[:, :, 0]
-        return torch.linalg.lu_solve(self._lu, self._pivots, right[:, :, None])[:, :, 0]
+        return torch.linalg.lu_solve(self._lu, self._pivots, right[:, :, None], adjoint=transpose)[:, :, 0]
 
 
 def refuse_ragged(context: object, option: str) -> None:
@@ -67,13 +59,13 @@ class BatchedLU:
     """
 
     factors: Factors | None = None
-    _like: Tensor | None = None
+    _context: ResolventMatrix | None = None
 
     def setUp(self, pc: PETSc.PC) -> None:  # noqa: N802 (petsc4py's name)
         """Assemble and factor the blocks. PETSc calls it where the matrix has changed, less often if it lags."""
         context = pc.getOperators()[1].getPythonContext()
         refuse_ragged(context, f"-{pc.getOptionsPrefix() or ''}pc_type batched_lu")
-        self._like = context.at.z
+        self._context = context
         self.factors = Factors(context.dense())
 
     def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
@@ -85,10 +77,9 @@ class BatchedLU:
         self._solve(x, y, transpose=True)
 
     def _solve(self, x: PETSc.Vec, y: PETSc.Vec, *, transpose: bool) -> None:
-        assert self.factors is not None and self._like is not None
-        with shaped_read(x, self._like) as right:
-            rows = right.flatten(1) if right.dim() > 1 else right.reshape(1, -1)
-            copy_to_vector(self.factors.solve(rows, transpose=transpose), y)
+        assert self.factors is not None and self._context is not None
+        with shaped_read(x, self._context.at.z) as right:
+            copy_to_vector(self.factors.solve(self._context.samples.rows(right), transpose=transpose), y)
 
 
 class PerSampleLU(TensorSolver):

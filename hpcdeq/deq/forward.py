@@ -22,7 +22,7 @@ from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.operators import ProductMatrix
 from hpcdeq.petsc.options import Options
 from hpcdeq.petsc.python_types import SHORT_NAMES, full_name, short_name
-from hpcdeq.petsc.solves import SolveRecord, reraise, run_snes, type_name
+from hpcdeq.petsc.solves import SolveRecord, reraise, run_snes, set_type, type_name
 from hpcdeq.petsc.vectors import copy_from_vector, copy_to_vector, shaped_read
 
 # (relative, absolute) tolerances of a sample's residual, and the relative one of the derivative systems, by precision.
@@ -359,13 +359,8 @@ def _set_inner_types(snes: PETSc.SNES) -> None:
 
 
 def _set_type(snes: PETSc.SNES, kind: str) -> None:
-    place = full_name("snes_type", kind)
-    if place is not None:
-        snes.setType(PETSc.SNES.Type.PYTHON)
-        snes.setPythonType(place)
-        return
     try:
-        snes.setType(kind)
+        set_type(snes, "snes_type", kind)
     except PETSc.Error as error:
         raise OptionError(
             f"-{snes.getOptionsPrefix()}snes_fallback names {kind!r}, which PETSc does not know"

@@ -20,8 +20,7 @@ from hpcdeq.deq.work import Work
 from hpcdeq.errors import ConvergenceError
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.options import Options
-from hpcdeq.petsc.python_types import full_name
-from hpcdeq.petsc.solves import SolveRecord, reraise, run_ksp
+from hpcdeq.petsc.solves import SolveRecord, reraise, run_ksp, set_type
 from hpcdeq.petsc.vectors import copy_from_vector, copy_to_vector
 
 MAX_ITERATIONS = 1000
@@ -242,16 +241,10 @@ class LinearSolver:
         ksp = PETSc.KSP().create(comm=PETSc.COMM_SELF)
         ksp.setOptionsPrefix(self.options.prefix)
         ksp.setOperators(matrix)
-        place = full_name("ksp_type", kind)
-        ksp.setType(kind if place is None else PETSc.KSP.Type.PYTHON)
-        if place is not None:
-            ksp.setPythonType(place)
+        set_type(ksp, "ksp_type", kind)
         if kind == PETSc.KSP.Type.GMRES:
             ksp.setGMRESRestart(GMRES_RESTART)
-        place = full_name("pc_type", pc) if pc else None
-        ksp.getPC().setType(pc or PETSc.PC.Type.NONE if place is None else PETSc.PC.Type.PYTHON)
-        if place is not None:
-            ksp.getPC().setPythonType(place)
+        set_type(ksp.getPC(), "pc_type", pc or PETSc.PC.Type.NONE)
         rtol = TOLERANCES.get(self.at.z.dtype, TOLERANCES[torch.float32])[0]
         ksp.setTolerances(rtol=rtol, atol=1e-50, max_it=MAX_ITERATIONS)
         ksp.setAppCtx(self._problem)

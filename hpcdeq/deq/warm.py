@@ -84,11 +84,6 @@ class StateCache:
         chunk = _Chunk(value, tuple(ids), bounds, len(ids))
         places.update({name: (chunk, i) for i, name in enumerate(ids)})
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._places.clear()
-        self.bytes = 0
-
     def _forget(self, places: dict[int, tuple[_Chunk, int]], name: int) -> None:
         place = places.pop(name, None)
         if place is not None:

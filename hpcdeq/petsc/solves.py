@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hpcdeq.petsc import PETSc
-from hpcdeq.petsc.python_types import short_name
+from hpcdeq.petsc.python_types import full_name, short_name
 
 # What usually helps, by PETSc's name of the reason. Names, not numbers: releases have renumbered and renamed reasons.
 _REMEDIES = {
@@ -81,6 +81,26 @@ def type_name(solver: PETSc.SNES | PETSc.KSP) -> str:
     """Return the type of a solver, of a python type its short name. Not collective."""
     name = solver.getType()
     return (short_name(solver.getPythonType()) or name) if name == "python" else name
+
+
+def set_type(solver: PETSc.SNES | PETSc.KSP | PETSc.PC, chooser: str, kind: str) -> None:
+    """Set a solver's type by PETSc's name, or by the short name of a python type.
+
+    Not collective.
+
+    Parameters
+    ----------
+    solver
+        SNES, KSP or PC.
+    chooser
+        ``snes_type``, ``ksp_type`` or ``pc_type``.
+    kind
+        The name.
+    """
+    place = full_name(chooser, kind)
+    solver.setType(kind if place is None else "python")
+    if place is not None:
+        solver.setPythonType(place)
 
 
 def run_snes(snes: PETSc.SNES, b: PETSc.Vec | None, x: PETSc.Vec) -> SolveRecord:
