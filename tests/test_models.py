@@ -17,10 +17,26 @@ from hpcdeq.models.blocks import BoundedWeight, RadialBasis, mean_over_graphs
 
 SMALL: dict[str, dict[str, object]] = {
     "conv_deq": {"width": 4, "groups": 2, "pool": 2},
+    "deeponet": {"width": 6, "basis": 4},
+    "deeponet_deq": {"width": 6, "basis": 4},
+    "fno": {"width": 3, "modes": 2},
+    "fno_deq": {"width": 3, "modes": 2},
     "graph_deq": {"width": 5, "radial": 4},
+    "mlp": {"width": 6},
     "mlp_deq": {"width": 6},
 }
-SHAPES: dict[str, tuple[int, ...]] = {"conv_deq": (2, 5, 6), "graph_deq": (), "mlp_deq": (2, 3)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "conv_deq": (2, 5, 6),
+    "deeponet": (2, 3),
+    "deeponet_deq": (2, 3),
+    "fno": (3, 4),
+    "fno_deq": (3, 4),
+    "graph_deq": (),
+    "mlp": (2, 3),
+    "mlp_deq": (2, 3),
+}
+EXPLICIT = {"deeponet", "fno", "mlp"}  # the others have a fixed point
+ON_ITS_GRID = {"fno": 12, "fno_deq": 12}  # outputs of models that have one a grid point
 ELSEWHERE = {"monotone_deq"}  # tested in test_wellposed.py: it has no bound on its weights
 OUTPUTS = 3
 ATOMS = [2, 1, 4, 3]  # of each graph; the second has a single atom without neighbours
@@ -70,7 +86,11 @@ def permuted(batch: GraphBatch, order: Tensor) -> GraphBatch:
 
 def built(name: str, seed: int = 0, **settings: object) -> nn.Module:
     config = model_config(name, {**SMALL[name], **settings})
-    return build_model(name, config, kind_named(name).representation, SHAPES[name], OUTPUTS, seed=seed)
+    return build_model(name, config, kind_named(name).representation, SHAPES[name], outputs_of(name), seed=seed)
+
+
+def outputs_of(name: str) -> int:
+    return ON_ITS_GRID.get(name, OUTPUTS)
 
 
 def inputs(name: str) -> Tensor | GraphBatch:
@@ -84,6 +104,11 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=sorted(SMALL.keys() - EXPLICIT))
+def deq(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def test_every_model_is_tested() -> None:
     assert SMALL.keys() == MODELS.keys() - ELSEWHERE == SHAPES.keys()
 
@@ -93,7 +118,7 @@ def test_every_model_is_tested() -> None:
 
 def test_a_model_maps_its_representation_to_outputs(name: str) -> None:
     found = built(name)(inputs(name))
-    assert found.shape == (len(ATOMS), OUTPUTS) and found.dtype == torch.float64
+    assert found.shape == (len(ATOMS), outputs_of(name)) and found.dtype == torch.float64
     assert bool(torch.isfinite(found).all())
 
 
@@ -124,7 +149,7 @@ def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(name: st
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_both_precisions_begin_with_the_same_weights(name: str, dtype: torch.dtype) -> None:
     config = model_config(name, SMALL[name])
-    model = build_model(name, config, MODELS[name].representation, SHAPES[name], OUTPUTS, dtype=dtype)
+    model = build_model(name, config, MODELS[name].representation, SHAPES[name], outputs_of(name), dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
     for mine, other in zip(model.parameters(), built(name).parameters(), strict=True):
         assert torch.equal(mine.float(), other.float())
@@ -135,7 +160,11 @@ def test_settings_have_defaults_and_are_frozen(name: str) -> None:
     assert config == MODELS[name].config()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.width = 3
-    assert model_config(name, {"width": 7, "bound": 1}).width == 7  # a whole number is a number too
+    assert model_config(name, {"width": 7}).width == 7
+
+
+def test_a_whole_number_is_a_number_too(deq: str) -> None:
+    assert model_config(deq, {"bound": 1}).bound == 1
 
 
 @pytest.mark.parametrize(
@@ -146,12 +175,16 @@ def test_settings_have_defaults_and_are_frozen(name: str) -> None:
         ({"width": "wide"}, "setting width is 'wide', which is no int"),
         ({"width": 3.5}, "setting width is 3.5, which is no int"),
         ({"width": True}, "setting width is True, which is no int"),
-        ({"contraction": "much"}, "setting contraction is 'much', which is no float"),
     ],
 )
 def test_a_wrong_setting_is_refused(name: str, settings: dict[str, object], told: str) -> None:
     with pytest.raises(OptionError, match=f"^model {name}:? {told}"):
         model_config(name, settings)
+
+
+def test_a_contraction_that_is_no_number_is_refused(deq: str) -> None:
+    with pytest.raises(OptionError, match=f"^model {deq}: setting contraction is 'much', which is no float"):
+        model_config(deq, {"contraction": "much"})
 
 
 @pytest.mark.parametrize("width", [0, -1])
@@ -184,24 +217,24 @@ def jacobian_of_cell(model: nn.Module, given: Tensor | GraphBatch, scale: float 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_cell_contracts_at_initialisation(name: str, seed: int) -> None:
+def test_the_cell_contracts_at_initialisation(deq: str, seed: int) -> None:
     """In the 2-norm of the whole batch: by the setting at most, and near to it where tanh is steep."""
-    model, contraction = built(name, seed=seed), model_config(name, {}).contraction
-    norms = [float(torch.linalg.matrix_norm(jacobian_of_cell(model, inputs(name), scale), 2)) for scale in (0.0, 1.0)]
+    model, contraction = built(deq, seed=seed), model_config(deq, {}).contraction
+    norms = [float(torch.linalg.matrix_norm(jacobian_of_cell(model, inputs(deq), scale), 2)) for scale in (0.0, 1.0)]
     assert 0.0 < min(norms) and max(norms) <= contraction + 1e-6
 
 
 @pytest.mark.parametrize("factor", [-30.0, 3.0, 1e4])
-def test_the_cell_contracts_whatever_the_weights_become(name: str, factor: float) -> None:
-    model, bound = built(name), model_config(name, {}).bound
+def test_the_cell_contracts_whatever_the_weights_become(deq: str, factor: float) -> None:
+    model, bound = built(deq), model_config(deq, {}).bound
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(factor * torch.randn_like(parameter))
         for part in model.modules():
             if isinstance(part, nn.Linear) and part.bias is not None:
                 part.bias.mul_(1e-3)  # some units stay where tanh is steep
-    assert float(torch.linalg.matrix_norm(jacobian_of_cell(model, inputs(name), 0.0), 2)) <= bound
-    assert bool(torch.isfinite(model(inputs(name))).all())
+    assert float(torch.linalg.matrix_norm(jacobian_of_cell(model, inputs(deq), 0.0), 2)) <= bound
+    assert bool(torch.isfinite(model(inputs(deq))).all())
 
 
 @pytest.mark.parametrize("name", ["graph_deq", "mlp_deq"])  # the norm of a convolution depends on the image
@@ -224,17 +257,17 @@ def test_an_initial_norm_near_the_bound_is_met_or_refused(size: int) -> None:
 
 
 @pytest.mark.parametrize("contraction", [-0.1, 0.0, 0.95, 2.0])
-def test_a_contraction_that_is_none_is_refused(name: str, contraction: float) -> None:
+def test_a_contraction_that_is_none_is_refused(deq: str, contraction: float) -> None:
     with pytest.raises(
         OptionError,
-        match=f"contraction.* {contraction / 2 if name == 'graph_deq' else contraction}|contraction.* {contraction}",
+        match=f"contraction.* {contraction / 2 if deq == 'graph_deq' else contraction}|contraction.* {contraction}",
     ):
-        built(name, contraction=contraction)
+        built(deq, contraction=contraction)
 
 
-def test_the_output_is_at_the_fixed_point(name: str) -> None:
-    model = built(name)
-    model(inputs(name))
+def test_the_output_is_at_the_fixed_point(deq: str) -> None:
+    model = built(deq)
+    model(inputs(deq))
     solution = model.equilibrium.solution
     assert solution.reason.startswith("CONVERGED_")
     assert solution.residual.shape == (len(ATOMS),) and float(solution.residual.max()) < 1e-8
@@ -253,7 +286,7 @@ def test_gradients_flow_to_every_parameter(name: str) -> None:
 def test_gradients_are_the_loss_s_slope(name: str) -> None:
     """Along a random direction of all weights, against a central difference."""
     model, given = built(name), inputs(name)
-    weights = torch.randn(len(ATOMS), OUTPUTS, dtype=torch.float64)
+    weights = torch.randn(len(ATOMS), outputs_of(name), dtype=torch.float64)
     (model(given) * weights).sum().backward()
     direction = [torch.randn_like(p) for p in model.parameters()]
     slope = sum(float((p.grad * d).sum()) for p, d in zip(model.parameters(), direction, strict=True))

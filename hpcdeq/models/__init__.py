@@ -1,6 +1,20 @@
 """Networks, one file each with its configuration, found by name."""
 
-from hpcdeq.models import conv_deq, graph_deq, mlp_deq, monotone_deq
+from hpcdeq.models import conv_deq, deeponet, deeponet_deq, fno, fno_deq, graph_deq, mlp, mlp_deq, monotone_deq
 from hpcdeq.models.base import MODELS, ModelKind, build_model, model_config
 
-__all__ = ["MODELS", "ModelKind", "build_model", "conv_deq", "graph_deq", "mlp_deq", "model_config", "monotone_deq"]
+__all__ = [
+    "MODELS",
+    "ModelKind",
+    "build_model",
+    "conv_deq",
+    "deeponet",
+    "deeponet_deq",
+    "fno",
+    "fno_deq",
+    "graph_deq",
+    "mlp",
+    "mlp_deq",
+    "model_config",
+    "monotone_deq",
+]
