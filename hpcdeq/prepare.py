@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
+import inspect
 import os
 import shlex
 import sys
@@ -16,25 +18,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpcdeq.builders.field_settings import EQUATIONS, FieldSettings
 from hpcdeq.commands import CommandParser
 from hpcdeq.errors import EXIT_DONE, DataError, OptionError
 
 if TYPE_CHECKING:
-    from hpcdeq.builders.samples import Report, Skipped
+    from hpcdeq.builders.samples import Progress, Report, Skipped
 
 PROGRAM = "python -m hpcdeq.prepare"
+SAMPLES = 1000  # of a field, without --limit
 
 
 @dataclass(frozen=True)
 class Kind:
     """One kind of data: a line of help, its options, and how to build the file (collective on all ranks).
 
-    ``advice`` is what a first training command on such a file should say besides ``--data``.
+    ``description`` heads the help of this kind alone, where the line says too little. ``limit_help`` and ``seed_help``
+    say what these options, which all kinds have, mean for this one. ``advice`` is what a first training command on such
+    a file should say besides ``--data``.
     """
 
     summary: str
     add_options: Callable[[argparse.ArgumentParser], None]
     build: Callable[[argparse.Namespace, str], Report]
+    description: str = ""
+    limit_help: str = "first N rows of the source"
+    seed_help: str = "of the splits (default 0)"
     advice: str = ""
 
 
@@ -62,7 +71,6 @@ def _crystal_options(parser: argparse.ArgumentParser) -> None:
 
 def _build_crystals(options: argparse.Namespace, command: str) -> Report:
     from hpcdeq.builders.crystals import CrystalOptions, prepare_crystals
-    from hpcdeq.builders.samples import silent
 
     usual = options.property == "band_gap"
     if not options.regression and not usual and options.thresholds is None:
@@ -91,7 +99,7 @@ def _build_crystals(options: argparse.Namespace, command: str) -> Report:
         ),
         processes=processes,
         command=command,
-        progress=silent if options.quiet or not sys.stderr.isatty() else _bar,
+        progress=_progress(options),
     )
 
 
@@ -100,24 +108,54 @@ def _range_names(thresholds: tuple[float, ...]) -> tuple[str, ...]:
     return (f"below {thresholds[0]:g}", *middle, f"from {thresholds[-1]:g}")
 
 
+def _progress(options: argparse.Namespace) -> Progress:
+    from hpcdeq.builders.samples import silent
+
+    return silent if options.quiet or not sys.stderr.isatty() else _bar
+
+
 def _bar(blocks: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
     from tqdm import tqdm
 
     return tqdm(blocks, desc=label, total=total, unit="block", leave=False)
 
 
-def _burgers_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--points", type=int, default=64, metavar="N", help="grid points (default 64)")
-    parser.add_argument("--viscosity", type=float, default=0.02, metavar="NU", help="default 0.02")
-    parser.add_argument("--time", type=float, default=0.5, metavar="T", help="end time (default 0.5)")
+def _field_kind(equation: type[FieldSettings]) -> Kind:
+    """Return the kind of data that an equation makes: its settings are its options."""
 
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        for item in dataclasses.fields(equation):
+            name, text = f"--{item.name.replace('_', '-')}", item.metadata["help"]
+            if isinstance(item.default, bool):
+                parser.add_argument(name, action="store_true", help=text)
+            else:
+                parser.add_argument(
+                    name,
+                    type=type(item.default),
+                    default=item.default,
+                    metavar=item.metadata["metavar"],
+                    help=f"{text} (default {item.default})",
+                )
 
-def _build_burgers(options: argparse.Namespace, command: str) -> Report:
-    from hpcdeq.builders.fields import prepare_burgers
+    def build(options: argparse.Namespace, command: str) -> Report:
+        from hpcdeq.builders.fields import prepare_field
 
-    count = 1000 if options.limit is None else options.limit
-    return prepare_burgers(
-        options.out, count, options.points, options.viscosity, options.time, options.seed, command=command
+        return prepare_field(
+            options.out,
+            equation(**{item.name: getattr(options, item.name) for item in dataclasses.fields(equation)}),
+            SAMPLES if options.limit is None else options.limit,
+            options.seed,
+            command=command,
+            progress=_progress(options),
+        )
+
+    return Kind(
+        equation.summary,
+        add_options,
+        build,
+        description=inspect.getdoc(equation) or "",
+        limit_help=f"number of samples (default {SAMPLES})",
+        seed_help="of the samples (default 0)",
     )
 
 
@@ -128,14 +166,13 @@ def _image_options(parser: argparse.ArgumentParser) -> None:
 
 def _build_images(options: argparse.Namespace, command: str) -> Report:
     from hpcdeq.builders.images import ImageOptions, prepare_images
-    from hpcdeq.builders.samples import silent
 
     return prepare_images(
         options.out,
         options.source,
         ImageOptions(options.validation_fraction, options.seed, options.limit),
         command=command,
-        progress=silent if options.quiet or not sys.stderr.isatty() else _bar,
+        progress=_progress(options),
     )
 
 
@@ -144,7 +181,7 @@ KINDS = {
     "images": Kind(
         "images with a class, as arrays", _image_options, _build_images, advice="--model conv_deq --optimizer adam"
     ),
-    "burgers": Kind("viscous Burgers: initial condition to solution at time T", _burgers_options, _build_burgers),
+    **{equation.kind: _field_kind(equation) for equation in EQUATIONS},
 }
 
 
@@ -153,11 +190,11 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog=PROGRAM, description=(__doc__ or "").split("\n")[0])
     chosen = parser.add_subparsers(dest="kind", metavar="KIND", required=True, help="one of:")
     for name, kind in KINDS.items():
-        own = chosen.add_parser(name, help=kind.summary, description=kind.summary)
+        own = chosen.add_parser(name, help=kind.summary, description=kind.description or kind.summary)
         kind.add_options(own)
         own.add_argument("--out", required=True, type=Path, metavar="FILE.h5", help="replaced on success only")
-        own.add_argument("--limit", type=int, metavar="N", help="first N rows of the source, or number of samples")
-        own.add_argument("--seed", type=int, default=0, metavar="S", help="of splits or samples (default 0)")
+        own.add_argument("--limit", type=int, metavar="N", help=kind.limit_help)
+        own.add_argument("--seed", type=int, default=0, metavar="S", help=kind.seed_help)
         own.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 

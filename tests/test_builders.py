@@ -1,4 +1,4 @@
-"""Builders: neighbour lists, the three kinds of source, splits, and Burgers against its exact solution."""
+"""Builders: neighbour lists, the three kinds of source, and splits."""
 
 from __future__ import annotations
 
@@ -19,12 +19,9 @@ from pymatgen.io.cif import CifWriter
 
 from hpcdeq import parallel
 from hpcdeq.builders.crystals import CrystalOptions, prepare_crystals
-from hpcdeq.builders.fields import burgers_samples, prepare_burgers, random_initial, solve_burgers
 from hpcdeq.builders.neighbours import nearest_neighbours
 from hpcdeq.builders.samples import assign_splits, fraction_of, in_order, straddling
-from hpcdeq.data.dataset import Dataset
 from hpcdeq.data.graphs import GraphArrays
-from hpcdeq.data.rows import SampleRows
 from hpcdeq.data.shards import Shards
 from hpcdeq.errors import DataError, OptionError
 
@@ -436,73 +433,3 @@ def test_real_labels_equal_the_published_ones(tmp_path: Path) -> None:
     for name, (split, label, _) in by_name(out).items():
         assert classes[label] == published[name]["class_3eV"]
         assert (split == 2) == (published[name]["split"] == "test")
-
-
-def cole_hopf(initial: np.ndarray, viscosity: float, time: float) -> np.ndarray:
-    """Solve viscous Burgers exactly: u = -2 nu phi_x / phi, with phi from the heat equation.
-
-    ``initial`` ``(points,)`` of zero mean, on a grid fine enough for exp of its integral.
-    """
-    points = len(initial)
-    wave = 2 * np.pi * np.arange(points // 2 + 1)
-    spectrum = np.fft.rfft(initial)
-    integral = np.zeros_like(spectrum)
-    integral[1:] = spectrum[1:] / (1j * wave[1:])
-    heat = np.fft.rfft(np.exp(-np.fft.irfft(integral, points) / (2 * viscosity))) * np.exp(-viscosity * wave**2 * time)
-    return -2 * viscosity * np.fft.irfft(1j * wave * heat, points) / np.fft.irfft(heat, points)
-
-
-def test_burgers_equals_cole_hopf() -> None:
-    """Compare the default samples with the exact solution, on 1,024 points."""
-    indices = np.arange(20)
-    inputs, solutions = burgers_samples(indices, seed=3)
-    fine = random_initial(indices, 1024, seed=3)
-    assert np.abs(fine[:, ::16] - inputs).max() < 1e-12
-    exact = np.array([cole_hopf(initial, 0.02, 0.5)[::16] for initial in fine])
-    assert np.abs(exact - inputs).max() > 0.5
-    assert np.abs(exact - solutions).max() < 1e-5
-    assert np.median(np.abs(exact - solutions).max(axis=1)) < 1e-7
-
-
-def test_burgers_is_of_fourth_order_in_time() -> None:
-    """Halve the time step: the error falls by about 16."""
-    initial = random_initial(np.arange(5), 256, seed=0)
-    exact = np.array([cole_hopf(row, 0.05, 0.5) for row in initial])
-    errors = [np.abs(solve_burgers(initial, 0.05, 0.5, steps) - exact).max() for steps in (160, 320, 640)]
-    rates = np.log2(np.array(errors[:-1]) / errors[1:])
-    assert np.all((rates > 3.8) & (rates < 4.1)), (errors, rates)
-
-
-def test_burgers_samples_do_not_depend_on_their_number(tmp_path: Path) -> None:
-    """Find the samples of a short file, in the same splits, in a longer one; another seed gives others."""
-    for name, count, seed in (("short", 20, 0), ("long", 50, 0), ("other", 20, 1)):
-        report = prepare_burgers(tmp_path / name, count, seed=seed, comm=parallel.SELF)
-        assert report.split_counts == [count * 8 // 10, count // 10, count // 10]
-
-    def samples(name: str) -> dict[str, tuple[Any, ...]]:
-        shards = Shards(tmp_path / name)
-        rows: SampleRows = shards.read(np.arange(shards.schema.count))
-        inputs = np.asarray(rows.inputs)
-        return {
-            key.rpartition("-")[2]: (shards.splits[row], inputs[row].tobytes(), rows.targets[row].tobytes())
-            for row, key in enumerate(rows.ids)
-        }
-
-    short, long, other = samples("short"), samples("long"), samples("other")
-    assert all(long[key] == value for key, value in short.items()) and len(short) == 20
-    assert all(other[key][1] != value[1] for key, value in short.items())
-
-
-@pytest.mark.parallel([1, 2, 3])
-def test_burgers_file_feeds_all_ranks(shared_tmp_path: Path) -> None:
-    """Write on rank 0 and read on all; both the report and its error are the same everywhere."""
-    path = shared_tmp_path / "burgers.h5"
-    report = prepare_burgers(path, 30)
-    train = Dataset(path)
-    assert (report.split_counts[0], train.count, train.input_shape, train.output_size) == (24, 24, (64,), 64)
-    assert sum(parallel.counts_of_ranks(parallel.WORLD, len(train))) == 24
-    with pytest.raises(OptionError, match="--points 33: an even number, at least 34"):
-        prepare_burgers(path, 30, points=33)
-    with pytest.raises(DataError, match=r"not resolved: its last mode holds .* raise --points or --viscosity 0\.0001"):
-        prepare_burgers(path, 30, viscosity=1e-4)
-    assert Dataset(path).count == 24

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
+from hpcdeq.builders.field_settings import EQUATIONS, Advection, Burgers, Darcy, FieldSettings, Reaction
 from hpcdeq.commands import CommandParser
 from hpcdeq.data.schema import open_dataset, read_schema
 from hpcdeq.prepare import KINDS, build_parser, main
@@ -63,11 +66,45 @@ def test_crystals_end_to_end(tmp_path: Path) -> None:
     assert not (tmp_path / "salts.skipped.csv").exists()
 
 
-def test_burgers_end_to_end(tmp_path: Path) -> None:
-    """Write the samples asked for."""
-    done = prepare("burgers", "--out", tmp_path / "b.h5", "--limit", 20, "--points", 48, "--quiet")
+@pytest.mark.parametrize(
+    ("arguments", "settings", "shape", "targets"),
+    [
+        (["burgers", "--points", "48", "--modes", "4", "--time", "0.3"], Burgers(48, time=0.3, modes=4), (48,), 48),
+        (["advection", "--points", "32", "--variation", "0.2"], Advection(32, variation=0.2), (32,), 32),
+        (["darcy", "--points", "8", "--binary"], Darcy(8, binary=True), (8, 8), 64),
+        (["reaction", "--points", "8", "--sources", "1", "--reaction=3"], Reaction(8, 1, 3.0), (5,), 64),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_fields_end_to_end(
+    tmp_path: Path, arguments: list[str], settings: FieldSettings, shape: tuple[int, ...], targets: int
+) -> None:
+    """Write the samples asked for, with the settings asked for."""
+    out = tmp_path / "f.h5"
+    done = prepare(*arguments, "--out", out, "--limit", 20, "--seed", 3, "--quiet")
     assert done.returncode == 0, done.stderr
     assert ": 20 samples in" in done.stdout and "train           16" in done.stdout
+    assert f"next: mpirun -n 2 python -m hpcdeq.train --data {out}" in done.stdout
+    with open_dataset(out) as file:
+        schema = read_schema(out, file)
+    assert (schema.count, schema.sample_shape, schema.output_size) == (20, shape, targets)
+    assert schema.provenance["settings"] == {**asdict(settings), "seed": 3}
+    assert schema.provenance["command"].startswith(f"python -m hpcdeq.prepare {arguments[0]} --points")
+
+
+def test_the_help_of_an_equation_says_all_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    """Head the help with the equation, and name every setting with its default."""
+    for equation in EQUATIONS:
+        with pytest.raises(SystemExit) as left:
+            build_parser().parse_args([equation.kind, "--help"])
+        text = capsys.readouterr().out
+        assert left.value.code == 0 and (inspect.getdoc(equation) or "none") in text
+        flat = " ".join(text.split())
+        for item in fields(equation):
+            assert f"--{item.name}" in flat and item.metadata["help"] in flat
+            assert isinstance(item.default, bool) or f"{item.metadata['help']} (default {item.default})" in flat
+        assert "number of samples (default 1000)" in flat
+        assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
@@ -78,9 +115,11 @@ def test_burgers_end_to_end(tmp_path: Path) -> None:
         (["burgers", "--out", "f.h5", "--neighbours", "8"], "unknown option --neighbours: "),
         (["burgers", "--ou", "f.h5"], "unknown option --ou: did you mean --out?"),
         (["burgers", "--qqqqqqqq"], "unknown option --qqqqqqqq: see --help"),
-        (["spheres", "--out", "f.h5"], "invalid choice: 'spheres' (choose from 'crystals', 'images', 'burgers')"),
+        (["spheres", "--out", "f.h5"], "invalid choice: 'spheres' (choose from 'crystals', 'images', 'burgers', "),
         (["burgers"], "the following arguments are required: --out"),
         (["crystals", "--out", "f.h5"], "the following arguments are required: SOURCE"),
+        (["darcy", "--out", "f.h5", "--variance", "1"], "unknown option --variance: did you mean --variation?"),
+        (["reaction", "--out", "f.h5", "--sources", "1.5"], "argument --sources: invalid int value: '1.5'"),
         (["burgers", "--out", "f.h5", "extra"], "unrecognized arguments: extra"),
         (["burgers", "--out", "f.h5", "--limit", "many"], "argument --limit: invalid int value: 'many'"),
     ],
@@ -103,6 +142,9 @@ def test_wrong_command_lines(arguments: list[str], message: str, capsys: pytest.
         (["burgers", "--out", "no/f.h5"], "DataError: folder no does not exist; make it with: mkdir -p no"),
         (["burgers", "--out", "."], "DataError: . is a folder; give --out a file name"),
         (["burgers", "--out", "f.h5", "--limit", "0"], "OptionError: --limit 0: at least 1"),
+        (["burgers", "--out", "f.h5", "--modes", "40"], "OptionError: --points 64: an even number, at least 82"),
+        (["darcy", "--out", "f.h5", "--binary", "--variation", "2"], "OptionError: --variation 2.0: --binary has two"),
+        (["darcy", "--out", "f.h5", "--variation", "9"], "DataError: Darcy on 72 x 72 cells is not resolved: log k"),
         (["crystals", "bad.jsonl", "--out", "f.h5", "--property", "e_form"], "OptionError: --property e_form: say"),
         (
             ["crystals", "bad.jsonl", "--out", "f.h5", "--property", "e_form", "--regression"],
@@ -151,7 +193,7 @@ def test_one_rank_of_a_job_speaks(variable: str) -> None:
 def test_every_kind_has_the_common_options() -> None:
     """Parse the same options for each kind."""
     for name in KINDS:
-        source = [] if name == "burgers" else ["source"]
+        source = [] if name in {equation.kind for equation in EQUATIONS} else ["source"]
         options = build_parser().parse_args([name, *source, "--out", "f.h5", "--limit", "3", "--seed", "5", "--quiet"])
         assert (options.kind, options.out, options.limit, options.seed) == (name, Path("f.h5"), 3, 5)
 

@@ -73,7 +73,8 @@ class DatasetWriter:
         if not self.path.parent.is_dir():
             raise DataError(f"folder {self.path.parent} does not exist; make it with: mkdir -p {self.path.parent}")
         try:
-            self._file = h5py.File(self.partial, "w", locking=False)
+            # The file format before HDF5 1.8 holds no list of more than 4,095 names of targets.
+            self._file = h5py.File(self.partial, "w", locking=False, libver=("v108", "v110"))
         except OSError as error:
             raise DataError(f"cannot write {self.partial}: {error}; give another --out") from error
         try:
