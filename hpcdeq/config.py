@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -11,9 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpcdeq.commands import CommandParser
 from hpcdeq.errors import OptionError, suggestion
+from hpcdeq.methods import ADAMW_DECAY, BATCH_SIZE, LEARNING_RATE, MINIBATCH, SCHEDULES, Schedule
 
 EMBEDDED = "burgers"
+# The embedded problem is for a first look: it ends within a minute on two cores.
+EMBEDDED_SETTINGS = {"max_iterations": 15}
 # Fixed points to eight digits let line searches work to near the end; products need fewer. Layers on their own are
 # tighter (hpcdeq.deq.forward.TOLERANCES); single precision keeps theirs. A trial point that needs more than a hundred
 # iterations is better rejected.
@@ -35,17 +40,23 @@ class TrainConfig:
     model_settings
         Settings of the model that differ from its defaults.
     optimizer
-        ``trgn``, ``lbfgs``, ``newton``, ``adam`` or ``tao:TYPE``.
+        One of `hpcdeq.methods.METHODS`, or ``tao:TYPE``.
     max_iterations
-        Bound on the steps (epochs of adam).
+        Bound on the steps (on minibatches: epochs).
     max_seconds
         Bound on the optimisation's wall time; None: none.
     batch_size, learning_rate
-        Of adam only; None: adam's defaults.
+        Of the methods on minibatches only; None: their defaults.
+    schedule, warmup, learning_rate_floor
+        How their learning rate changes, as in `hpcdeq.methods.Schedule`; None: its defaults.
     weight_decay
-        λ of the term λ/2 ‖p‖².
+        λ of the term λ/2 ‖p‖² of the loss; for adamw its decay, which is no part of the loss. None: 0, for adamw 0.01.
+    l1
+        λ of the term λ Σ |p| of the loss, its kink rounded off (`hpcdeq.problem.terms.L1`).
+    jacobian_penalty
+        w of the term w/2 ‖∂f/∂z‖²_F / n of the loss, at the fixed points (`hpcdeq.problem.terms.JacobianPenalty`).
     seed
-        Of the initial weights and of adam's batches.
+        Of the initial weights and of the minibatches.
     dtype
         ``float32`` or ``float64``.
     device
@@ -70,7 +81,12 @@ class TrainConfig:
     max_seconds: float | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
-    weight_decay: float = 0.0
+    schedule: str | None = None
+    warmup: float | None = None
+    learning_rate_floor: float | None = None
+    weight_decay: float | None = None
+    l1: float = 0.0
+    jacobian_penalty: float = 0.0
     seed: int = 0
     dtype: str = "float64"
     device: str = "cpu"
@@ -96,19 +112,87 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise OptionError(f"{name} is {value}: give a number above 0")
-        if not self.weight_decay >= 0:
+        if self.learning_rate == math.inf:
+            raise OptionError("learning_rate is inf: give a finite number above 0")
+        if self.weight_decay is not None and not self.weight_decay >= 0:
             raise OptionError(f"weight_decay is {self.weight_decay}: give a number that is not negative")
-        if self.optimizer != "adam":
-            for name in ("batch_size", "learning_rate"):
+        for name in ("l1", "jacobian_penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise OptionError(f"{name} is {getattr(self, name)}: give a finite number that is not negative")
+        self.learning_rates()
+        if self.optimizer not in MINIBATCH:
+            for name in ("batch_size", "learning_rate", "schedule", "warmup", "learning_rate_floor"):
                 if getattr(self, name) is not None:
                     raise OptionError(
-                        f"--{name.replace('_', '-')} is an option of adam; {self.optimizer} works on all samples at"
-                        " once: leave it out, or use --optimizer adam"
+                        f"--{name.replace('_', '-')} is an option of {', '.join(MINIBATCH)}; {self.optimizer} works on all"
+                        " samples at once: leave it out, or use --optimizer adam"
                     )
+
+    def learning_rates(self) -> Schedule:
+        """Return how the learning rate changes over the run. Not collective."""
+        given = {"kind": self.schedule, "warmup": self.warmup, "floor": self.learning_rate_floor}
+        return Schedule(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+    def penalty(self) -> float:
+        """Return λ of the term λ/2 ‖p‖² of the loss; adamw's decay is none. Not collective."""
+        return 0.0 if self.optimizer == "adamw" or self.weight_decay is None else self.weight_decay
 
 
 _TABLES = ("model_settings", "petsc")
 _TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "Mapping": dict}
+
+
+def add_settings(parser: CommandParser) -> None:
+    """Add the options that decide a run whatever its optimizer and seed are. Not collective."""
+    parser.add_argument("--data", metavar="FILE.h5", help="dataset of hpcdeq.prepare (default: the embedded problem)")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="mlp, deeponet, fno, mlp_deq, deeponet_deq, fno_deq, monotone_deq, conv_deq or graph_deq (default: by the data)",
+    )
+    parser.add_argument("--max-iterations", type=int, metavar="N", help="steps; of adam, epochs (default 100)")
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="of the optimisation (default: no bound)")
+    minibatch = "of " + ", ".join(MINIBATCH)
+    parser.add_argument("--batch-size", type=int, metavar="N", help=f"{minibatch}, over all ranks (default 64)")
+    parser.add_argument("--learning-rate", type=float, metavar="R", help=f"{minibatch}: the largest (default 0.001)")
+    parser.add_argument("--schedule", metavar="|".join(SCHEDULES), help="of the learning rate (default cosine)")
+    parser.add_argument(
+        "--warmup",
+        type=float,
+        metavar="W",
+        help="learning rate rises over a fraction of the run, or steps if W >= 1 (default 0.05; constant: 0)",
+    )
+    parser.add_argument(
+        "--learning-rate-floor", type=float, metavar="F", help="fraction of the learning rate to end with (default 0)"
+    )
+    parser.add_argument(
+        "--weight-decay",
+        type=float,
+        metavar="R",
+        help="L2 penalty R/2 |weights|^2 (default 0); of adamw, its decay outside the loss (default 0.01)",
+    )
+    parser.add_argument(
+        "--l1", type=float, metavar="R", help="penalty R sum |weights|, smoothed within 0.001 of 0 (default 0)"
+    )
+    parser.add_argument(
+        "--jacobian-penalty",
+        type=float,
+        metavar="R",
+        help="R/2 mean |df/dz|^2/n at the fixed points (default 0). Losses in the history hold all penalties; the final"
+        " losses and all metrics are of the data alone",
+    )
+    parser.add_argument("--dtype", metavar="float32|float64", help="default float64")
+    parser.add_argument("--device", metavar="cpu|cuda", help="default cpu")
+    parser.add_argument(
+        "--on-failure",
+        metavar="POLICY",
+        help="samples without fixed point: raise (default), warn, mask (leave them out)",
+    )
+    for name, told in (
+        ("warm-start", "begin fixed points at the last ones"),
+        ("adaptive", "solve as progress asks for"),
+    ):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{told} (default)")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -121,22 +205,96 @@ def read_config(path: str | Path) -> dict[str, Any]:
     OptionError
         The file is missing, is no TOML, or holds a setting that does not exist or is of the wrong type.
     """
+    settings = read_toml(path)
+    check_settings(settings, f"configuration {path}")
+    return settings
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Return what a TOML file holds.
+
+    Not collective.
+
+    Raises
+    ------
+    OptionError
+        The file is missing or is no TOML.
+    """
     try:
         with open(path, "rb") as file:
-            settings = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
         raise OptionError(f"configuration {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionError(f"configuration {path} is no TOML: {error}") from error
+
+
+def check_settings(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse settings that do not exist or are of the wrong type.
+
+    Not collective.
+
+    Parameters
+    ----------
+    where
+        Where they stand; begins the message.
+
+    Raises
+    ------
+    OptionError
+        Names the setting.
+    """
     fields = {f.name: str(f.type) for f in dataclasses.fields(TrainConfig)}
     for name, value in settings.items():
         if name not in fields:
             hint = suggestion(name, fields, f"settings: {', '.join(fields)}")
-            raise OptionError(f"configuration {path}: unknown setting {name!r}: {hint}")
+            raise OptionError(f"{where}: unknown setting {name!r}: {hint}")
         wanted = _TYPES[fields[name].split("[")[0].split(" ")[0]]
         if isinstance(value, bool) != (wanted is bool) or not isinstance(value, wanted):  # type: ignore[arg-type]
-            raise OptionError(f"configuration {path}: {name} is {value!r}, which is no {fields[name].split(' ')[0]}")
-    return settings
+            raise OptionError(f"{where}: {name} is {value!r}, which is no {fields[name].split(' ')[0]}")
+
+
+def named_options(petsc: list[str]) -> dict[str, str]:
+    """Return PETSc's words of a command line as names and values; a flag has none. Not collective."""
+    typed: dict[str, str] = {}
+    for word in petsc:
+        if word.startswith("-") and word[1:2].isalpha():
+            name = word[1:]
+            typed[name] = ""
+        else:
+            typed[name] = word
+    return typed
+
+
+def complete(settings: dict[str, Any]) -> TrainConfig:
+    """Return the configuration of these settings, the rest by default. Not collective."""
+    settings = {**settings, "petsc": {name: _as_word(value) for name, value in settings.get("petsc", {}).items()}}
+    if settings.get("data", EMBEDDED) == EMBEDDED:
+        settings = {**EMBEDDED_SETTINGS, **settings}
+    if settings.get("dtype", "float64") == "float64":
+        settings["petsc"] = {**TRAINING_OPTIONS, **settings["petsc"]}
+    settings["petsc"] = {**NO_FALLBACK, **settings["petsc"]}
+    config = TrainConfig(**settings)
+    return minibatch_resolved(config) if config.optimizer in MINIBATCH else config
+
+
+def minibatch_resolved(config: TrainConfig) -> TrainConfig:
+    """Return the configuration of a minibatch method with what it leaves to defaults: it is part of the run. Not collective."""
+    rates = config.learning_rates()
+    found = {
+        "learning_rate": LEARNING_RATE,
+        "batch_size": BATCH_SIZE,
+        "schedule": rates.kind,
+        "warmup": rates.warming,
+        "learning_rate_floor": rates.floor,
+        "weight_decay": ADAMW_DECAY if config.optimizer == "adamw" else None,
+    }
+    return dataclasses.replace(config, **{k: v for k, v in found.items() if getattr(config, k) is None})  # type: ignore[arg-type]
+
+
+def _as_word(value: Any) -> str:
+    """Return the value of a PETSc option in a TOML file as the command line has it; true is a flag."""
+    return "" if value is True else "false" if value is False else str(value)
 
 
 def as_toml(config: TrainConfig) -> str:

@@ -46,6 +46,8 @@ def sum_or_raise(comm: Comm, values: np.ndarray, error: BaseException | None) ->
 
     Collective on comm. One reduction when all is well: the failure count travels with the numbers.
     """
+    if comm.size == 1 and error is None:
+        return values
     total = sum_over_ranks(comm, np.append(values, float(error is not None)))
     if total[-1] > 0:
         agree(comm, error)
@@ -131,6 +133,32 @@ def agree(comm: Comm, error: BaseException | None) -> None:
     if isinstance(error, HpcdeqError) and comm.rank == first:
         raised.__dict__.update({k: v for k, v in vars(error).items() if k != "agreed"})
     raise raised from error
+
+
+def only_root(comm: Comm, compute: Callable[[], T]) -> T:
+    """Return on every rank what rank 0 alone computes, or raise on every rank what it raised.
+
+    Collective on comm. ``compute`` must not communicate.
+
+    Raises
+    ------
+    HpcdeqError
+        The agreed error, its ``agreed`` set; any other error stays rank 0's own, and ends the job.
+    """
+    value: T | None = None
+    error: tuple[type[HpcdeqError], str] | None = None
+    if comm.rank == 0:
+        try:
+            value = compute()
+        except HpcdeqError as raised:
+            error = (type(raised), str(raised))
+    value, error = comm.bcast((value, error), root=0)
+    if error is not None:
+        kind, message = error
+        agreed = kind(message)
+        agreed.agreed = True
+        raise agreed
+    return cast(T, value)
 
 
 def foreign_error(error: BaseException) -> str:

@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcdeq.commands import CommandParser
-from hpcdeq.config import EMBEDDED, NO_FALLBACK, TRAINING_OPTIONS, TrainConfig, as_toml, read_config
+from hpcdeq.config import EMBEDDED, TrainConfig, add_settings, as_toml, complete, named_options, read_config
 from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, ConvergenceError, DataError, HpcdeqError, OptionError
+from hpcdeq.methods import METHODS, MINIBATCH
 from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments
 
 if TYPE_CHECKING:
     from hpcdeq.data import Dataset
     from hpcdeq.optim import Iterate, Result
     from hpcdeq.problem import TrainingProblem
+    from hpcdeq.problem.terms import Term
     from hpcdeq.problem.training import Evaluation
 
 PROGRAM = "python -m hpcdeq.train"
 DEFAULT_MODELS = {"array": "mlp_deq", "graph": "graph_deq"}
-# The embedded problem is for a first look: it ends within a minute on two cores.
-EMBEDDED_SETTINGS = {"max_iterations": 15}
 EMBEDDED_SAMPLES = 1000
 PREFIXES = ("tao_", "deq_")  # what an option of PETSc's must begin with
 
@@ -46,31 +46,13 @@ def build_parser() -> CommandParser:
     """Return the parser of this command. Not collective."""
     parser = CommandParser(prog=PROGRAM, description=(__doc__ or "").strip(), epilog=EPILOG)
     parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help="settings; options on the command line win")
-    parser.add_argument("--data", metavar="FILE.h5", help="dataset of hpcdeq.prepare (default: the embedded problem)")
     parser.add_argument(
-        "--model", metavar="NAME", help="mlp_deq, monotone_deq, conv_deq or graph_deq (default: by the data)"
+        "--optimizer", metavar="NAME", help=f"{METHODS[0]} (default), {', '.join(METHODS[1:])} or tao:TYPE"
     )
-    parser.add_argument("--optimizer", metavar="NAME", help="trgn (default), lbfgs, newton, adam or tao:TYPE")
     parser.add_argument("--out", metavar="DIR", help="run directory (default: a new one below runs/)")
-    parser.add_argument("--max-iterations", type=int, metavar="N", help="steps, or epochs of adam (default 100)")
-    parser.add_argument("--max-seconds", type=float, metavar="S", help="of the optimisation (default: no bound)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="of adam, over all ranks (default 64)")
-    parser.add_argument("--learning-rate", type=float, metavar="R", help="of adam (default 0.001)")
-    parser.add_argument("--weight-decay", type=float, metavar="R", help="L2 penalty R/2 |weights|^2 (default 0)")
     parser.add_argument("--seed", type=int, metavar="S", help="of weights and batches (default 0)")
-    parser.add_argument("--dtype", metavar="float32|float64", help="default float64")
-    parser.add_argument("--device", metavar="cpu|cuda", help="default cpu")
-    parser.add_argument(
-        "--on-failure",
-        metavar="POLICY",
-        help="samples without fixed point: raise (default), warn, mask (leave them out)",
-    )
-    for name, told in (
-        ("warm-start", "begin fixed points at the last ones"),
-        ("adaptive", "solve as progress asks for"),
-    ):
-        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{told} (default)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_settings(parser)
     return parser
 
 
@@ -79,25 +61,8 @@ def resolve(options: argparse.Namespace, petsc: list[str]) -> TrainConfig:
     settings: dict[str, Any] = {} if options.config is None else read_config(options.config)
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     settings |= {name: value for name, value in vars(options).items() if name in names and value is not None}
-    typed: dict[str, str] = {}
-    for word in petsc:
-        if word.startswith("-") and word[1:2].isalpha():
-            name = word[1:]
-            typed[name] = ""
-        else:
-            typed[name] = word
-    settings["petsc"] = {**{name: _as_word(value) for name, value in settings.get("petsc", {}).items()}, **typed}
-    if settings.get("data", EMBEDDED) == EMBEDDED:
-        settings = {**EMBEDDED_SETTINGS, **settings}
-    if settings.get("dtype", "float64") == "float64":
-        settings["petsc"] = {**TRAINING_OPTIONS, **settings["petsc"]}
-    settings["petsc"] = {**NO_FALLBACK, **settings["petsc"]}
-    return TrainConfig(**settings)
-
-
-def _as_word(value: Any) -> str:
-    """Return the value of a PETSc option in a TOML file as the command line has it; true is a flag."""
-    return "" if value is True else "false" if value is False else str(value)
+    settings["petsc"] = {**settings.get("petsc", {}), **named_options(petsc)}
+    return complete(settings)
 
 
 def main(arguments: list[str]) -> int:
@@ -117,19 +82,26 @@ def main(arguments: list[str]) -> int:
     with parallel.agreement(parallel.WORLD):
         config = resolve(options, petsc)
         PETSC_ARGUMENTS[:] = [word for name, value in config.petsc.items() for word in (f"-{name}", value) if word]
-        from hpcdeq.models import model_config
-        from hpcdeq.optim.presets import preset_of
-        from hpcdeq.petsc.options import check_types, insert_options
-        from hpcdeq.petsc.vocabulary import check_options
+        from hpcdeq.petsc.options import insert_options
 
-        check_options([f"-{name}" for name in config.petsc], PREFIXES)
-        check_types(config.petsc)
+        check(config)
         insert_options(config.petsc)
-        preset_of(config.optimizer)
-        if config.model:
-            model_config(config.model, config.model_settings)
     result = Training(config, options.out, quiet=options.quiet).run()
     return EXIT_FAILED if result.status == "diverged" else EXIT_DONE
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse names and PETSc options that do not exist, before anything is made. Not collective."""
+    from hpcdeq.models import model_config
+    from hpcdeq.optim.presets import preset_of
+    from hpcdeq.petsc.options import check_types
+    from hpcdeq.petsc.vocabulary import check_options
+
+    check_options([f"-{name}" for name in config.petsc], PREFIXES)
+    check_types(config.petsc)
+    preset_of(config.optimizer)
+    if config.model:
+        model_config(config.model, config.model_settings)
 
 
 class Training:
@@ -149,7 +121,7 @@ class Training:
         import torch
 
         from hpcdeq import parallel
-        from hpcdeq.record import Progress, RunDirectory
+        from hpcdeq.record import Progress, RunDirectory, fingerprint
 
         self.comm = parallel.WORLD
         self.config = config
@@ -160,6 +132,11 @@ class Training:
         self.sets = self._datasets()
         self.problem = self._problem()
         self.progress = Progress(self.problem.loss_function.metric, quiet=quiet or self.comm.rank != 0, interval=0.5)
+        # What the summary says of the run besides its result.
+        self.facts = {
+            "samples": {split: data.count for split, data in self.sets.items()},
+            "initial_weights": fingerprint(self.problem.initial()),
+        }
         self.statistics: list[Any] = []
         self.best: tuple[float, Iterate, Evaluation] | None = None
 
@@ -196,7 +173,7 @@ class Training:
 
         from hpcdeq import parallel
         from hpcdeq.models import build_model, model_config
-        from hpcdeq.problem import LOSSES, TrainingProblem
+        from hpcdeq.problem import L1, LOSSES, JacobianPenalty, TrainingProblem
 
         config, train = self.config, self.sets["train"]
         with parallel.agreement(self.comm):
@@ -217,13 +194,16 @@ class Training:
         # What was left to the defaults is part of what decides the run, and is saved with it.
         self.config = dataclasses.replace(config, model=self.model_name, model_settings=dataclasses.asdict(settings))
         loss = next(loss for loss in LOSSES.values() if loss.task == train.task)
+        terms: list[Term] = [L1(config.l1)] if config.l1 else []
+        terms += [JacobianPenalty(config.jacobian_penalty)] if config.jacobian_penalty else []
         return TrainingProblem(
             model,
             train,
             loss,
             self.comm,
             chunk_size=config.chunk_size,
-            weight_decay=config.weight_decay,
+            weight_decay=config.penalty(),
+            terms=terms,
             warm_start=config.warm_start,
             adaptive=config.adaptive,
             on_failure=config.on_failure,
@@ -234,6 +214,7 @@ class Training:
     def run(self) -> Result:
         """Train, write the run directory, and return the optimiser's result."""
         from hpcdeq import parallel
+        from hpcdeq.data.dataset import missing_classes
         from hpcdeq.optim import minimize
         from hpcdeq.petsc.options import unused_options
         from hpcdeq.problem import describe_solves
@@ -249,6 +230,9 @@ class Training:
                 self.directory.write_text("config.toml", as_toml(self.config))
                 self.directory.write_json("environment.json", environment(self.comm, self.config.seed))
         self._say(self._headline())
+        absent = missing_classes(self.sets["train"], self.comm)
+        if absent:
+            self._say(f"note: no training sample is of class {', '.join(absent)}; the model learns never to answer it\n")
         self.history = HistoryWriter(self.directory.path / "history.csv") if self.directory.writes else None
         try:
             result = minimize(
@@ -257,7 +241,7 @@ class Training:
                 self.config.max_iterations,
                 max_seconds=self.config.max_seconds,
                 callback=self._record,
-                adam=self._adam_settings(),
+                minibatch=self._minibatch_settings(),
                 raise_on_failure=False,
             )
         except ConvergenceError as error:
@@ -279,6 +263,9 @@ class Training:
         preset = " ".join(
             f"-{k} {v}" for k, v in {**resolved_options(self.config.optimizer), **self.config.petsc}.items()
         )
+        if self.config.optimizer in MINIBATCH:
+            names = ("learning_rate", "schedule", "warmup", "learning_rate_floor", "batch_size")
+            preset = " ".join(f"--{k.replace('_', '-')} {getattr(self.config, k)}" for k in names) + f" {preset}"
         return (
             f"data       {self.config.data}: {self.sets['train'].task}, {counts}\n"
             f"model      {self.model_name}, {self.problem.layout.count} weights, {self.config.dtype}\n"
@@ -286,17 +273,15 @@ class Training:
             f"options    {preset}\n"
         )
 
-    def _adam_settings(self) -> Any:
-        from hpcdeq.optim.adam import AdamSettings
+    def _minibatch_settings(self) -> Any:
+        from hpcdeq.optim.stochastic import MinibatchSettings
 
-        if self.config.optimizer != "adam":
+        config = self.config
+        if config.optimizer not in MINIBATCH:
             return None
-        given = AdamSettings(seed=self.config.seed)
-        if self.config.learning_rate is not None:
-            given = dataclasses.replace(given, learning_rate=self.config.learning_rate)
-        if self.config.batch_size is not None:
-            given = dataclasses.replace(given, batch_size=self.config.batch_size)
-        return given
+        given = {name: getattr(config, name) for name in ("learning_rate", "batch_size", "weight_decay")}
+        given = {name: value for name, value in given.items() if value is not None}
+        return MinibatchSettings(seed=config.seed, schedule=config.learning_rates(), **given)
 
     def _record(self, iterate: Iterate) -> None:
         from hpcdeq import parallel
@@ -346,6 +331,7 @@ class Training:
         from hpcdeq.optim import resolved_options
         from hpcdeq.petsc.options import database_options
         from hpcdeq.problem.memory import peak_bytes
+        from hpcdeq.problem.phases import describe_phases, summarise_phases
         from hpcdeq.record import job_joules, over_run, summary
         from hpcdeq.report import read_run, write_figures
 
@@ -354,6 +340,7 @@ class Training:
         seconds = result.history[-1][1]
         joules = job_joules(self.comm, self.meter)
         peak = int(parallel.max_over_ranks(self.comm, peak_bytes()))
+        times = self.problem.phases.over_ranks(self.comm)
         with parallel.agreement(self.comm):
             if self.directory.writes:
                 used = {**resolved_options(self.config.optimizer), **database_options()}
@@ -375,10 +362,12 @@ class Training:
                     peak_memory_bytes=peak,
                     **found,
                 )
+                told |= self.facts | summarise_phases(times, result.counts, result.iterations, self.sets["train"].count)
                 told["evaluated_iteration"] = result.iterations if self.best is None else self.best[1].iteration
                 self.directory.write_json("summary.json", told)
                 write_figures(read_run(self.directory.path))
         self.progress.finish(result, wall_seconds=seconds, run_directory=self.directory.path, **found)
+        self._say(describe_phases(times))
 
     def _leave_failed(self, error: ConvergenceError) -> HpcdeqError:
         """Return the error with what a user needs to know of what is left in the run directory."""

@@ -100,7 +100,9 @@ python_packages() {
 wanted = p["dependencies"] + p["optional-dependencies"]["test"]
 print(*[d for d in wanted if re.split("[<>=]", d)[0] not in ("torch", "petsc4py", "mpi4py")], sep="\n")' \
             >"$LOGS/requirements.txt" &&
-        "$PY" -m pip install -r "$LOGS/requirements.txt"
+        # Some of them would bring another torch along.
+        "$PY" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$LOGS/constraints.txt" &&
+        "$PY" -m pip install -r "$LOGS/requirements.txt" -c "$LOGS/constraints.txt"
 }
 PACKAGES=
 start_packages() { # [COMMAND]: what else to do after the packages, beside the long build

@@ -11,7 +11,7 @@ from conftest import Run
 
 from hpcdeq import train
 from hpcdeq.commands import RANK_VARIABLES, CommandParser, nearest, speaks
-from hpcdeq.config import TrainConfig, as_toml, read_config
+from hpcdeq.config import EMBEDDED_SETTINGS, NO_FALLBACK, TRAINING_OPTIONS, TrainConfig, as_toml, read_config
 from hpcdeq.errors import EXIT_USAGE, OptionError
 from hpcdeq.startup import split_arguments
 
@@ -148,7 +148,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_default_is_written_once() -> None:
-    assert resolved("--data a.h5") == TrainConfig(data="a.h5", petsc={**train.NO_FALLBACK, **train.TRAINING_OPTIONS})
+    assert resolved("--data a.h5") == TrainConfig(data="a.h5", petsc={**NO_FALLBACK, **TRAINING_OPTIONS})
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file: Path) -> None:
@@ -164,8 +164,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file
         weight_decay=0.5,
         seed=5,
         petsc={
-            **train.NO_FALLBACK,
-            **train.TRAINING_OPTIONS,
+            **NO_FALLBACK,
+            **TRAINING_OPTIONS,
             "tao_gatol": "1e-9",
             "deq_snes_rtol": "1e-4",
             "deq_snes_monitor": "",
@@ -180,7 +180,7 @@ def test_a_zero_on_the_command_line_wins_too(file: Path) -> None:
 
 
 def test_the_embedded_problem_is_short_unless_told_otherwise(file: Path) -> None:
-    assert resolved("").max_iterations == train.EMBEDDED_SETTINGS["max_iterations"] < TrainConfig().max_iterations
+    assert resolved("").max_iterations == EMBEDDED_SETTINGS["max_iterations"] < TrainConfig().max_iterations
     assert resolved("--max-iterations 40").max_iterations == 40
     file.write_text("max_iterations = 30\n")
     assert resolved(str(file)).max_iterations == 30
@@ -188,15 +188,15 @@ def test_the_embedded_problem_is_short_unless_told_otherwise(file: Path) -> None
 
 
 def test_single_precision_keeps_the_layers_tolerances() -> None:
-    assert resolved("--dtype float32").petsc == train.NO_FALLBACK
-    assert resolved("--dtype float32 -deq_snes_rtol 1e-4").petsc == {**train.NO_FALLBACK, "deq_snes_rtol": "1e-4"}
+    assert resolved("--dtype float32").petsc == NO_FALLBACK
+    assert resolved("--dtype float32 -deq_snes_rtol 1e-4").petsc == {**NO_FALLBACK, "deq_snes_rtol": "1e-4"}
 
 
 def test_petsc_s_words_are_names_and_values() -> None:
     found = resolved("-tao_view -tao_fmin -5 -deq_snes_type anderson -tao_view").petsc
     assert found == {
-        **train.NO_FALLBACK,
-        **train.TRAINING_OPTIONS,
+        **NO_FALLBACK,
+        **TRAINING_OPTIONS,
         "tao_view": "",
         "tao_fmin": "-5",
         "deq_snes_type": "anderson",
@@ -210,8 +210,8 @@ def test_petsc_s_options_of_a_file_are_text_as_on_the_command_line(file: Path) -
         "deq_snes_monitor = true\ntao_bnk_pc_mg_galerkin = false\n"
     )
     assert resolved(str(file)).petsc == {
-        **train.NO_FALLBACK,
-        **train.TRAINING_OPTIONS,
+        **NO_FALLBACK,
+        **TRAINING_OPTIONS,
         "tao_gatol": "0",
         "deq_snes_max_it": "20",
         "tao_gttol": "0.001",
@@ -229,6 +229,9 @@ FULL = TrainConfig(
     max_seconds=3.5,
     batch_size=5,
     learning_rate=1e-3,
+    schedule="constant",
+    warmup=0.25,
+    learning_rate_floor=0.125,
     weight_decay=1e-300,
     seed=11,
     dtype="float32",
@@ -328,9 +331,9 @@ def test_whole_numbers_are_numbers_too(file: Path) -> None:
         ({"weight_decay": float("nan")}, "^weight_decay is nan: give a number that is not negative$"),
         (
             {"batch_size": 8},
-            "^--batch-size is an option of adam; trgn works on all samples at once: .*--optimizer adam$",
+            "^--batch-size is an option of adam, adamw, rmsprop; trgn works on all samples at once: .*--optimizer adam$",
         ),
-        ({"learning_rate": 0.1, "optimizer": "lbfgs"}, "^--learning-rate is an option of adam; lbfgs works on all"),
+        ({"learning_rate": 0.1, "optimizer": "lbfgs"}, "^--learning-rate is an option of adam, adamw, rmsprop; lbfgs works on all"),
     ],
 )
 def test_a_wrong_setting_is_refused(settings: dict[str, object], told: str) -> None:

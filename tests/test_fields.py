@@ -26,7 +26,7 @@ from hpcdeq.errors import DataError, OptionError
 SMALL: list[FieldSettings] = [
     Burgers(points=18, viscosity=0.05, time=0.3, modes=5),
     Advection(points=10, time=0.7, modes=3, variation=0.2),
-    Darcy(points=6, modes=3, variation=0.7),
+    Darcy(points=6, modes=3, variation=0.7, source=2.0),
     Darcy(points=6, modes=3, binary=True),
     Reaction(points=5, sources=1, reaction=4.0),
 ]
@@ -37,7 +37,7 @@ def test_every_equation_has_a_family_and_a_test() -> None:
     assert set(EQUATIONS) == FAMILIES.keys() == {type(settings) for settings in SMALL}
     for settings in SMALL:
         changed = {name for name, value in asdict(settings).items() if value != asdict(type(settings)())[name]}
-        assert changed | {"variation", "binary"} >= asdict(settings).keys()
+        assert changed | {"variation", "binary", "source"} >= asdict(settings).keys()
 
 
 @pytest.mark.parametrize("settings", SMALL, ids=NAMES)

@@ -172,9 +172,9 @@ def test_the_measured_error_is_the_gradients() -> None:
     p = loose.initial()
     loose.begin()
     loose.guidance.loosened = (1e-3, 1e-3)
-    _, rough = loose._sums(p, np.arange(7))
+    _, rough = loose.local.loss_and_gradient(p, np.arange(7))
     fresh = problem(warm_start=False)
-    _, tight = fresh._sums(p, np.arange(7))
+    _, tight = fresh.local.loss_and_gradient(p, np.arange(7))
     expected = float((rough - tight).norm() / tight.norm())
     assert 1e-7 < expected < ALLOWED_ERROR
     assert loose._gradient_error(p) <= 2 * expected

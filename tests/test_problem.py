@@ -252,7 +252,7 @@ def test_chunks_and_kept_linearisations_do_not_change_the_numbers() -> None:
             assert_same(
                 problem.gauss_newton_product(p, direction), problems[0].gauss_newton_product(p, direction), 1e-12
             )
-    assert len(problems[1]._kept) == 6 and len(problems[2]._kept) == 0
+    assert len(problems[1].local.whole.kept) == 6 and not problems[2].local.whole.kept
 
 
 def test_products_follow_the_point() -> None:

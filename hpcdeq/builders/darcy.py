@@ -1,4 +1,4 @@
-"""Darcy flow, ``-div(k grad u) = 1`` on the unit square, ``u = 0`` on its boundary: log-permeability to pressure.
+"""Darcy flow, ``-div(k grad u) = F`` on the unit square, ``u = 0`` on its boundary: log-permeability to pressure.
 
 The problem of Li et al. (Fourier Neural Operator, arXiv 2010.08895) with a smooth permeability, ``log k`` a random field
 of few modes, or with theirs of two values. The finite volumes (see `hpcdeq.builders.diffusion`) are finer than the cells

@@ -158,6 +158,8 @@ def numpy_rows(rows: RowsLike) -> Rows:
     return rows
 
 
-def torch_rows(rows: RowsLike) -> slice | torch.Tensor:
-    """Return a slice as it is, and indices as a tensor. Not collective."""
-    return rows if isinstance(rows, slice) else torch.as_tensor(rows)
+def taken(values: torch.Tensor, rows: RowsLike) -> torch.Tensor:
+    """Return some rows of a tensor: a view for a slice, a copy for indices. Not collective."""
+    if isinstance(rows, slice):
+        return values[rows]
+    return values.index_select(0, torch.as_tensor(rows, device=values.device))  # half the time of values[rows]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hpcdeq import parallel
-from hpcdeq.data.batches import GraphBatch, Inputs, RowsLike, graph_arrays, graph_batch, numpy_rows, torch_rows
+from hpcdeq.data.batches import GraphBatch, Inputs, RowsLike, graph_arrays, graph_batch, numpy_rows, taken
 from hpcdeq.data.graphs import GraphArrays
 from hpcdeq.data.rows import HEAVIEST
 from hpcdeq.data.schema import SPLITS, Schema
@@ -100,10 +100,22 @@ class Dataset:
         tuple
             ``(b, *input_shape)`` tensor or `GraphBatch`, and ``(b,)`` or ``(b, T)`` targets.
         """
-        targets = self.targets[torch_rows(rows)]
+        targets = taken(self.targets, rows)
         if isinstance(self._inputs, GraphArrays):
             return graph_batch(self._inputs, numpy_rows(rows), self.dtype), targets
-        return self._inputs[torch_rows(rows)], targets
+        return taken(self._inputs, rows), targets
+
+
+def missing_classes(dataset: Dataset, comm: parallel.Comm) -> list[str]:
+    """Return the names of the classes that no sample of the split has, on any rank; none for a regression.
+
+    Collective on comm.
+    """
+    if dataset.task != "classification":
+        return []
+    own = np.bincount(dataset.targets.numpy(), minlength=dataset.output_size)
+    counts = parallel.sum_over_ranks(comm, own)
+    return [name for name, count in zip(dataset.schema.classes, counts, strict=True) if not count]
 
 
 class TensorDataset:
@@ -184,12 +196,12 @@ class TensorDataset:
 
         Not collective.
         """
-        targets = self.targets[torch_rows(rows)]
+        targets = taken(self.targets, rows)
         if isinstance(self._inputs, GraphBatch):
             assert self._graphs is not None
             made = graph_batch(self._graphs, numpy_rows(rows), self._inputs.edge_vector.dtype)
             return made.to(device=self._inputs.edge_vector.device), targets
-        return self._inputs[torch_rows(rows)], targets
+        return taken(self._inputs, rows), targets
 
     def _trailing_shapes(self) -> tuple[str, bool, tuple[int, ...], tuple[int, ...]]:
         return self.task, isinstance(self._inputs, GraphBatch), self.input_shape, tuple(self.targets.shape[1:])

@@ -32,8 +32,8 @@ class Log:
         All that there have been, by how many solves were expected.
     solves_before
         Tangent and adjoint solves at the fixed point that last had any.
-    tangent_state
-        The last tangent dz.
+    tangent_state, adjoint_state
+        The last tangent dz, and the last adjoint u.
     amplification
         Largest ‖u_i‖ / ‖g_i‖ of gradients' adjoints since it was last set to zero: what an error of a state grows by.
     """
@@ -46,6 +46,7 @@ class Log:
     methods: dict[int, str] = field(default_factory=dict)
     solves_before: int = 1
     tangent_state: Tensor | None = None
+    adjoint_state: Tensor | None = None
     amplification: float = 0.0
 
 
@@ -188,7 +189,9 @@ class Equilibrium:
                 guesses.keep("adjoint", self._call, answer, self.samples)
             if not transpose:
                 self.log.tangent_state = answer
-            elif self.help.solves == 1 and answer.numel():
+                return answer
+            self.log.adjoint_state = answer
+            if self.help.solves == 1 and answer.numel():
                 ratio = self.samples.norms(answer) / self.samples.norms(g)
                 self.log.amplification = max(self.log.amplification, float(ratio.nan_to_num(0.0).max()))
             return answer

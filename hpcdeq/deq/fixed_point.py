@@ -115,6 +115,11 @@ class FixedPoint(nn.Module):
         """The last tangent dz, in the shape of the state."""
         return self._log.tangent_state
 
+    @property
+    def adjoint_state(self) -> Tensor | None:
+        """The last adjoint u, in the shape of the state."""
+        return self._log.adjoint_state
+
     def spectral_radius(self, x: Any, steps: int = 30) -> Tensor:
         """Return an estimate of the spectral radius of J at each sample's fixed point, ``(B,)``; see `spectral_radius`.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hpcdeq import parallel
 from hpcdeq.problem import TrainingProblem
 from hpcdeq.problem.counts import Counts, FixedPointStatistics
+from hpcdeq.problem.phases import RECORD
 
 CONVERGED, BUDGET, DIVERGED, INTERRUPTED = "converged", "budget", "diverged", "interrupted"
 
@@ -73,7 +74,7 @@ class Result:
     history
         (iteration, seconds, loss, gradient norm) of every iterate.
     rejected
-        Trial points at which a fixed point was not found: they count as an infinite loss.
+        Trial points without a fixed point, or with a loss or gradient that is not finite: no step ends there.
     """
 
     x: Tensor
@@ -130,7 +131,8 @@ class Recorder:
         self.history.append((iteration, self.last.seconds, loss, gradient_norm))
         if self.callback is not None:
             since = time.perf_counter()
-            self.callback(self.last)
+            with self.problem.phases.of(RECORD):
+                self.callback(self.last)
             self.paused += time.perf_counter() - since
         self.problem.progress(self.last.x, loss, gradient_norm)
         return self.last

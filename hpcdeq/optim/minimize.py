@@ -10,15 +10,18 @@ from torch import Tensor
 
 from hpcdeq import parallel
 from hpcdeq.errors import ConvergenceError, DataError, OptionError
-from hpcdeq.optim.adam import AdamSettings, minimize_adam
+from hpcdeq.methods import METHODS, MINIBATCH, TORCH_LBFGS
 from hpcdeq.optim.base import BUDGET, DIVERGED, Callback, Recorder, Result
-from hpcdeq.optim.presets import METHODS, preset_of, resolved_options
+from hpcdeq.optim.presets import preset_of, resolved_options
+from hpcdeq.optim.stochastic import MinibatchRun, MinibatchSettings
 from hpcdeq.optim.tao import TaoRun
+from hpcdeq.optim.torch_lbfgs import TorchLbfgs
 from hpcdeq.petsc.options import Value
 from hpcdeq.petsc.vocabulary import check_options
 from hpcdeq.problem import LeastSquares, TrainingProblem
+from hpcdeq.problem.determinism import nondeterminism
 
-__all__ = ["METHODS", "minimize", "resolved_options"]
+__all__ = ["METHODS", "check_method", "minimize", "resolved_options"]
 
 
 def minimize(
@@ -30,7 +33,7 @@ def minimize(
     initial: Tensor | None = None,
     max_seconds: float | None = None,
     callback: Callback | None = None,
-    adam: AdamSettings | None = None,
+    minibatch: MinibatchSettings | None = None,
     raise_on_failure: bool = True,
 ) -> Result:
     """Minimise a training problem.
@@ -42,9 +45,10 @@ def minimize(
     problem
         What is minimised.
     method
-        ``trgn``, ``lbfgs``, ``newton``, ``adam``, or ``tao:TYPE`` with any type of TAO's.
+        ``trgn``, ``lbfgs``, ``newton``, ``adam``, ``adamw``, ``rmsprop``, ``torch-lbfgs``, or ``tao:TYPE`` with any type of
+        TAO's.
     max_iterations
-        Bound on the steps (for adam: epochs).
+        Bound on the steps (on minibatches: epochs).
     options
         PETSc options such as ``{"tao_gatol": 1e-8}``; the command line wins over them, they win over the preset's.
     initial
@@ -53,8 +57,8 @@ def minimize(
         Bound on the wall time, checked after each iteration.
     callback
         Called with each `Iterate`, on all ranks.
-    adam
-        Settings of Adam; only with ``method="adam"``.
+    minibatch
+        Settings of the methods on minibatches; only with adam, adamw and rmsprop.
     raise_on_failure
         Whether a diverged run raises or is returned with its status.
 
@@ -68,15 +72,19 @@ def minimize(
         The loss at the initial weights is not finite.
     """
     with parallel.agreement(problem.comm):
-        _check(problem, method, max_iterations, options, adam)
+        _check(problem, method, max_iterations, options, minibatch)
     x0 = problem.initial() if initial is None else initial.detach()
     with parallel.agreement(problem.comm):
         _check_initial(problem, x0)
+        if method not in MINIBATCH:
+            _check_determinism(problem, method, x0)
     recorder = Recorder(problem, callback, max_seconds)
     problem.begin()
     try:
-        if method == "adam":
-            result = minimize_adam(recorder, x0, adam or AdamSettings(), max_iterations)
+        if method in MINIBATCH:
+            result = MinibatchRun(recorder, method, minibatch or MinibatchSettings()).minimize(x0, max_iterations)
+        elif method == TORCH_LBFGS:
+            result = TorchLbfgs(recorder).minimize(x0, max_iterations)
         else:
             given = resolved_options(method, options)
             result = TaoRun(recorder, preset_of(method)).minimize(x0, given, max_iterations)
@@ -102,23 +110,41 @@ def minimize(
     return result
 
 
+def check_method(problem: TrainingProblem, method: str) -> None:
+    """Refuse a method that does not fit a problem, without taking a step.
+
+    Collective on the problem's comm.
+
+    Raises
+    ------
+    OptionError
+        As `minimize` does.
+    """
+    with parallel.agreement(problem.comm):
+        _check(problem, method, 0, None, None)
+
+
 def _check(
     problem: TrainingProblem,
     method: str,
     max_iterations: int,
     options: Mapping[str, Value] | None,
-    adam: AdamSettings | None,
+    minibatch: MinibatchSettings | None,
 ) -> None:
     preset = preset_of(method)
     if max_iterations < 0:
         raise OptionError(f"max_iterations is {max_iterations}: give 0 or more")
-    if method == "adam":
-        if options:
-            raise OptionError("adam has no PETSc options: its settings are --learning-rate, --batch-size and --seed")
+    if options and method in MINIBATCH:
+        raise OptionError(
+            f"{method} has no PETSc options: its settings are --learning-rate, --batch-size, --schedule, --warmup and --seed"
+        )
+    if options and method == TORCH_LBFGS:
+        raise OptionError(f"{method} has no PETSc options: leave them out, or use --optimizer lbfgs")
+    if method in MINIBATCH:
         return
+    if minibatch is not None:
+        raise OptionError(f"settings of minibatches do not go with {method}: it works on all samples at once")
     check_options([f"-{name}" for name in resolved_options(method, options)], ["tao_"])
-    if adam is not None:
-        raise OptionError(f"settings of adam do not go with {method}: it works on all samples at once")
     if preset.least_squares:
         LeastSquares(problem)
     for name, fixed_point in problem.guidance.layers.items():
@@ -131,6 +157,15 @@ def _check(
     if layer is not None:
         raise OptionError(
             f"{method} needs a loss that is the same each time, and layer {layer} makes it random: remove it, call"
+            " model.eval(), or use adam"
+        )
+
+
+def _check_determinism(problem: TrainingProblem, method: str, x0: Tensor) -> None:
+    told = nondeterminism(problem, x0)
+    if told is not None:
+        raise OptionError(
+            f"{method} needs a loss that is the same each time, and {told}: take chance and running statistics out, call"
             " model.eval(), or use adam"
         )
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hpcdeq.errors import OptionError, suggestion
+from hpcdeq.methods import METHODS
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.options import Value
+from hpcdeq.petsc.python_types import SHORT_NAMES
 
 GAUSS_NEWTON, HESSIAN = "gauss_newton", "hessian"
 
@@ -41,19 +43,21 @@ _INNER = 20
 
 PRESETS: dict[str, Preset] = {
     "trgn": Preset(
-        "trust-region Gauss-Newton (TAO bntr): few, costly iterations; the usual choice for full batches",
+        "trust-region Gauss-Newton (Levenberg-Marquardt on TAO): few, costly iterations; the usual choice for full batches",
         {
-            "tao_type": "bntr",
-            "tao_bnk_ksp_max_it": _INNER,
-            "tao_bnk_ksp_rtol": 1e-1,
-            "tao_bnk_init_type": "constant",
-            "tao_trust0": 1.0,
+            "tao_type": "levenberg_marquardt",
+            "tao_ksp_type": "cg",
+            "tao_ksp_norm_type": "natural",
+            "tao_ksp_max_it": 100,
+            "tao_ksp_rtol": 1e-2,
+            "tao_pc_type": "kronecker",
         },
         GAUSS_NEWTON,
     ),
     "lbfgs": Preset(
-        "limited-memory BFGS (TAO lmvm): cheap iterations, no curvature products",
-        {"tao_type": "lmvm", "tao_lmvm_mat_lmvm_hist_size": 20},
+        "limited-memory BFGS on TAO's line search, from Kronecker factors: cheap iterations, no curvature products",
+        {"tao_type": "lbfgs", "tao_pc_type": "kronecker"},
+        GAUSS_NEWTON,
     ),
     "newton": Preset(
         "inexact Newton with line search and the true Hessian (TAO bnls)",
@@ -66,6 +70,11 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "adam": Preset("Adam on minibatches (Kingma and Ba 2015); an iteration is an epoch"),
+    "adamw": Preset(
+        "Adam with weight decay apart from the loss (Loshchilov and Hutter 2019); an iteration is an epoch"
+    ),
+    "rmsprop": Preset("RMSprop on minibatches (Hinton 2012); an iteration is an epoch"),
+    "torch-lbfgs": Preset("torch's own L-BFGS with strong-Wolfe line search on full batches: a reference from outside"),
 }
 
 # What PETSc's types need beyond their defaults to be usable here.
@@ -87,8 +96,6 @@ _TYPES: dict[str, Preset] = {
     },
 }
 
-METHODS = tuple(PRESETS)
-
 
 def preset_of(method: str) -> Preset:
     """Return the preset of a method's name, or of ``tao:TYPE``.
@@ -104,7 +111,7 @@ def preset_of(method: str) -> Preset:
         return PRESETS[method]
     if method.startswith("tao:"):
         kind = method[4:]
-        types = sorted(v for k, v in vars(PETSc.TAO.Type).items() if k.isupper())
+        types = sorted({*(v for k, v in vars(PETSc.TAO.Type).items() if k.isupper()), *SHORT_NAMES["tao_type"]})
         if kind not in types:
             hint = suggestion(kind, types, f"types: {', '.join(types)}", prefix="tao:")
             raise OptionError(f"unknown TAO type {kind!r}: {hint}")

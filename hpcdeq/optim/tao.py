@@ -8,35 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpcdeq import parallel
 from hpcdeq.errors import ConvergenceError, DataError
-from hpcdeq.optim.base import BUDGET, CONVERGED, DIVERGED, Recorder, Result
-from hpcdeq.optim.presets import GAUSS_NEWTON, Preset
+from hpcdeq.optim.base import Recorder, Result
+from hpcdeq.optim.curvature import CurvatureMatrix
+from hpcdeq.optim.presets import Preset
+from hpcdeq.optim.stopping import ending_of, status_of, words
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.communicators import anchor
-from hpcdeq.petsc.operators import matrix_from_products
+from hpcdeq.petsc.operators import matrix_from_products, matrix_of
 from hpcdeq.petsc.options import Options, Value
 from hpcdeq.petsc.solves import reason_name, reraise
 from hpcdeq.problem import LeastSquares
 
-_WORDS = {
-    "CONVERGED_GATOL": "the gradient norm is below -tao_gatol",
-    "CONVERGED_GRTOL": "the gradient norm over the loss is below -tao_grtol",
-    "CONVERGED_GTTOL": "the gradient norm has fallen by the factor -tao_gttol",
-    "CONVERGED_STEPTOL": "the step (or the trust radius) is below -tao_steptol",
-    "CONVERGED_MINF": "the loss is below -tao_fmin",
-    "DIVERGED_MAXITS": "the iterations are used up; --max-iterations allows more",
-    "DIVERGED_MAXFCN": "the evaluations are used up; -tao_max_funcs allows more",
-    "DIVERGED_LS_FAILURE": "the line search found no decrease: rounding or a loose fixed point limits the loss. Try"
-    " --dtype float64, tighter -deq_snes_rtol and -deq_ksp_rtol, or --optimizer trgn",
-    "DIVERGED_TR_REDUCTION": "the trust region shrank without finding a decrease: rounding or a loose fixed point limits"
-    " the loss. Try --dtype float64, or tighter -deq_snes_rtol and -deq_ksp_rtol",
-    "DIVERGED_NAN": "the loss became NaN or infinite at a trial point. Try --optimizer trgn, which survives such points",
-    "DIVERGED_USER": "the time is up; --max-seconds allows more",
-}
-_BUDGETS = {"DIVERGED_MAXITS", "DIVERGED_MAXFCN", "DIVERGED_USER"}
-
-
-# A trial point without fixed points counts as this many times the largest loss seen so far.
+# A trial point without fixed points, or with a loss that is not finite, counts as this many times the largest loss seen.
 WALL = 10.0
 
 
@@ -51,17 +36,23 @@ class TaoRun:
         Takes the iterates, watches the clock.
     preset
         What TAO is given.
+    hessian_fraction
+        Part of the samples, drawn anew at every iterate, that curvature products are taken on.
     """
 
-    def __init__(self, recorder: Recorder, preset: Preset) -> None:
+    def __init__(self, recorder: Recorder, preset: Preset, hessian_fraction: float = 1.0) -> None:
         self.recorder = recorder
         self.problem = recorder.problem
         self.layout = self.problem.layout
         self.preset = preset
-        self.rejected = 0
+        self.hessian_fraction = hessian_fraction
+        self.rejected = 0  # trial points of all kinds that no step may end at
+        self.infinite = 0  # those of them whose loss or gradient is NaN or infinite
         self._started = False
+        self._differentiated = False
         self._worst = 0.0
-        self._point: Tensor | None = None
+        self._rejected_at: Tensor | None = None
+        self._valued: tuple[Tensor, float] | None = None  # the last gradient's point and loss: line searches ask again
         self._jacobian_at: Tensor | None = None
 
     def minimize(self, x0: Tensor, options: Mapping[str, Value], max_iterations: int) -> Result:
@@ -83,28 +74,29 @@ class TaoRun:
                 tao.setObjective(self._objective)
                 tao.setObjectiveGradient(self._objective_gradient, g)
                 tao.setGradient(self._gradient, g)
-                hessian = matrix_from_products(comm, sizes, sizes, self._curvature_product)
+                self._curvature = CurvatureMatrix(self.problem, self.preset.curvature, self.hessian_fraction)
+                hessian = matrix_of(self._curvature, comm, sizes)
                 tao.setHessian(self._move, hessian)
                 made += [g, hessian]
-            tao.setMonitor(self._monitor)
             tao.setMaximumIterations(max_iterations)
             given = Options("tao_", {name.removeprefix("tao_"): value for name, value in options.items()})
             with given.inserted():
                 tao.setFromOptions()
+                # brgn leaves its iterations to a solver inside, which knows nothing of a monitor set from Python.
+                (tao.getBRGNSubsolver() if tao.getType() == "brgn" else tao).setMonitor(self._monitor)
                 reraise(tao.solve)
             reason = reason_name(PETSc.TAO.ConvergedReason, tao.getConvergedReason())
             self._finish(tao, x)
+            gatol = tao.getTolerances()[0]
         finally:
             tao.destroy()
             for thing in made:
                 thing.destroy()
             PETSc.garbage_cleanup(comm)
             self.problem.forget()
-        status = BUDGET if reason in _BUDGETS else CONVERGED if reason.startswith("CONVERGED") else DIVERGED
-        message = _WORDS.get(reason, "see PETSc's manual page of TaoConvergedReason")
-        if status == DIVERGED and self.rejected:
-            message += f" ({self.rejected} trial points had no fixed point: make the cell more contractive)"
-        return self.recorder.result(status, reason, message, self.rejected)
+        unreached = self.rejected - self.infinite
+        ending = ending_of(self.recorder, reason, unreached=unreached, infinite=self.infinite, gatol=gatol)
+        return self.recorder.result(status_of(ending), reason, words(ending), self.rejected)
 
     # ---------------------------------------------------------------------------------------------- callbacks
 
@@ -112,32 +104,53 @@ class TaoRun:
         return self.layout.gather(x.getArray(readonly=True))
 
     def _objective(self, tao: PETSc.TAO, x: PETSc.Vec) -> float:
+        point = self._gather(x)
+        if self._valued is not None and torch.equal(self._valued[0], point):
+            return self._valued[1]
         try:
-            return self._checked(self.problem.loss(self._gather(x)))
+            return self._checked(point, self.problem.loss(point))
         except ConvergenceError:
-            return self._reject()
+            return self._reject(point)
 
     def _gradient(self, tao: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec) -> None:
         self._objective_gradient(tao, x, g)
 
     def _objective_gradient(self, tao: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec) -> float:
+        point = self._gather(x)
         try:
-            loss, block = self.problem.owned_loss_and_gradient(self._gather(x))
+            loss, block = self.problem.owned_loss_and_gradient(point)
         except ConvergenceError:
             g.set(0.0)
-            return self._reject()
+            return self._reject(point)
+        value = self._checked(point, loss)
+        with np.errstate(over="ignore", invalid="ignore"):  # TAO needs the norm, too, to be finite
+            norm_is_finite = np.isfinite(self.problem.comm.size * (block @ block))
+        if parallel.any_rank(self.problem.comm, not norm_is_finite):
+            if not self._differentiated:
+                raise initial_gradient_error()
+            block = np.zeros_like(block)
+            value = self._refuse(point) if value == loss else value
+        self._differentiated = True
+        self._valued = (point, value)
         with g as values:
             values[:] = block
-        return self._checked(loss)
+        return value
 
-    def _checked(self, loss: float) -> float:
-        if not self._started and not np.isfinite(loss):
-            raise initial_loss_error(loss)
+    def _checked(self, point: Tensor, loss: float) -> float:
+        """Return a loss that TAO can go on with; see `_reject`."""
+        if not np.isfinite(loss):
+            if not self._started:
+                raise initial_loss_error(loss)
+            return self._refuse(point)
         self._started = True
         self._worst = max(self._worst, loss)
         return loss
 
-    def _reject(self) -> float:
+    def _refuse(self, point: Tensor) -> float:
+        self.infinite += 1
+        return self._reject(point)
+
+    def _reject(self, point: Tensor) -> float:
         """Return a loss for a trial point without fixed points; at the initial point, raise what was raised.
 
         It is worse than any seen, so that no descent method takes the point, and finite, because several types of TAO's
@@ -146,34 +159,31 @@ class TaoRun:
         if not self._started:
             raise
         self.rejected += 1
-        return WALL * max(self._worst, 1e-300)
+        self._rejected_at = point
+        return self._wall
+
+    @property
+    def _wall(self) -> float:
+        return min(WALL * max(self._worst, 1e-300), float(np.finfo(float).max))
 
     def _move(self, tao: PETSc.TAO, x: PETSc.Vec, hessian: PETSc.Mat, _: PETSc.Mat) -> None:
-        self._point = self._gather(x)
-        hessian.getPythonContext().unshift()
-
-    def _curvature_product(self, v: PETSc.Vec, y: PETSc.Vec) -> None:
-        assert self._point is not None
-        curvature = "gauss_newton" if self.preset.curvature == GAUSS_NEWTON else "hessian"
-        block = self.problem.owned_product(self._point, self._gather(v), curvature=curvature)
-        with y as values:
-            values[:] = block
+        self._curvature.move(self._gather(x))
 
     def _monitor(self, tao: PETSc.TAO) -> None:
         iteration, loss, gradient_norm, *_ = tao.getSolutionStatus()
         iteration += self.recorder.offset
         if self.recorder.last is not None and iteration <= self.recorder.last.iteration:
             return
-        radius = (
-            tao.getCurrentTrustRegionRadius()
-            if tao.getType() in ("ntr", "ntl", "bntr", "bntl", "bqnktr", "bqnktl")
-            else None
-        )
-        if self.rejected and loss >= WALL * self._worst:
-            raise ConvergenceError(
-                f"TAO's {tao.getType()} took a point without fixed points: use --optimizer trgn", agreed=True
-            )
+        radius = None
+        if tao.getType() in ("ntr", "ntl", "bntr", "bntl", "bqnktr", "bqnktl"):
+            radius = tao.getCurrentTrustRegionRadius()
+        elif tao.getType() == "python":
+            radius = getattr(tao.getPythonContext(), "radius", None)
         x = self._gather(tao.getSolution())
+        if self.rejected and (loss >= self._wall or self._is_rejected(x)):
+            # Some types look at the loss alone before they take a step; the last iterate stands.
+            tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_NAN)
+            return
         if self.preset.least_squares:  # what TAO tells is of its inner problem
             loss, gradient = self.problem.loss_and_gradient(x)
             gradient_norm = float(gradient.norm())
@@ -186,16 +196,24 @@ class TaoRun:
         iteration = tao.getIterationNumber() + self.recorder.offset
         last = self.recorder.last
         point = self._gather(x)
-        if last is None or not torch.equal(point, last.x):
-            loss, gradient = self.problem.loss_and_gradient(point)
-            self.recorder.emit(iteration, point, loss, float(gradient.norm()), None)
+        if last is not None and (torch.equal(point, last.x) or self._is_rejected(point)):
+            return
+        loss, gradient = self.problem.loss_and_gradient(point)
+        norm = float(gradient.norm())
+        if last is None or np.isfinite(loss + norm):
+            after = 0 if last is None else last.iteration + 1
+            self.recorder.emit(max(iteration, after), point, loss, norm, None)
+
+    def _is_rejected(self, point: Tensor) -> bool:
+        return self._rejected_at is not None and torch.equal(point, self._rejected_at)
 
     # ------------------------------------------------------------------------------------------ least squares
 
     def _set_least_squares(self, tao: PETSc.TAO, x: PETSc.Vec, sizes: tuple[int, int]) -> list[PETSc.Object]:
         self._squares = LeastSquares(self.problem)
-        residual = self._squares.residual(self._gather(x))
-        self._checked(self._half_square(residual))
+        point = self._gather(x)
+        residual = self._squares.residual(point)
+        self._checked(point, self._half_square(residual))
         r = PETSc.Vec().createMPI((len(residual), PETSc.DETERMINE), comm=self.problem.comm)
         jacobian = matrix_from_products(
             self.problem.comm, r.getSizes(), sizes, self._jacobian_product, self._jacobian_transpose_product
@@ -205,13 +223,16 @@ class TaoRun:
         return [r, jacobian]
 
     def _residual(self, tao: PETSc.TAO, x: PETSc.Vec, r: PETSc.Vec) -> None:
+        point = self._gather(x)
         try:
-            rows = self._squares.residual(self._gather(x))
+            rows = self._squares.residual(point)
+            loss = self._checked(point, true := self._half_square(rows))
         except ConvergenceError:
+            loss, true = self._reject(point), np.inf
+        if loss != true:
             # Equal residuals whose half sum of squares is the rejected point's loss.
-            r.set((2.0 * self._reject() / r.getSize()) ** 0.5)
+            r.set((2.0 * loss / r.getSize()) ** 0.5)
             return
-        self._checked(self._half_square(rows))
         with r as values:
             values[:] = rows
 
@@ -224,23 +245,30 @@ class TaoRun:
 
     def _jacobian_product(self, v: PETSc.Vec, y: PETSc.Vec) -> None:
         assert self._jacobian_at is not None
-        try:
-            rows = self._squares.jacobian_product(self._jacobian_at, self._gather(v))
-        except ConvergenceError:  # brgn linearises at rejected trial points too
+        if self._is_rejected(self._jacobian_at):  # brgn linearises there too
             y.set(0.0)
             return
+        rows = self._squares.jacobian_product(self._jacobian_at, self._gather(v))
         with y as values:
             values[:] = rows
 
     def _jacobian_transpose_product(self, u: PETSc.Vec, y: PETSc.Vec) -> None:
         assert self._jacobian_at is not None
-        try:
-            block = self._squares.owned_jacobian_transpose_product(self._jacobian_at, u.getArray(readonly=True))
-        except ConvergenceError:
+        if self._is_rejected(self._jacobian_at):
             y.set(0.0)
             return
+        block = self._squares.owned_jacobian_transpose_product(self._jacobian_at, u.getArray(readonly=True))
         with y as values:
             values[:] = block
+
+
+def initial_gradient_error() -> DataError:
+    """Return the error for a gradient that is not finite at the start. Not collective."""
+    return DataError(
+        "the gradient at the initial weights is NaN or infinite although the loss is finite: look for a square root, norm"
+        " or logarithm of zero in the model, or change the initial weights (--seed)",
+        agreed=True,
+    )
 
 
 def initial_loss_error(loss: float) -> DataError:

@@ -71,6 +71,14 @@ def matrix_from_products(
     return matrix
 
 
+def matrix_of(context: ProductMatrix, comm: object, sizes: tuple[int, int]) -> PETSc.Mat:
+    """Return a symmetric matrix of python type with a context of one's own; (local, global) sizes. Collective on comm."""
+    matrix = PETSc.Mat().createPython((sizes, sizes), context=context, comm=comm)
+    matrix.setOption(PETSc.Mat.Option.SYMMETRIC, True)
+    matrix.setUp()
+    return matrix
+
+
 class ProductPreconditioner:
     """Context of a PETSc preconditioner of python type.
 

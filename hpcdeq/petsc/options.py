@@ -42,8 +42,9 @@ class Options:
         self.prefix = prefix
         named = {name.lstrip("-"): value for name, value in (given or {}).items()}
         check_options([f"-{prefix}{name}" for name in named], [prefix])
-        check_types(named)
-        self.given: dict[str, Any] = spelled_out(named)
+        full = {prefix + name: value for name, value in named.items()}
+        check_types(full)
+        self.given: dict[str, Any] = {name.removeprefix(prefix): value for name, value in spelled_out(full).items()}
 
     def chosen(self, chooser: str) -> str | None:
         """Return the type that ``snes_type``, ``ksp_type`` or ``pc_type`` names, None if nothing does. Not collective."""
@@ -140,6 +141,28 @@ def insert_options(given: Mapping[str, str]) -> None:
     database = PETSc.Options()
     for name, value in given.items():
         database.setValue(name, value or None)
+
+
+@contextlib.contextmanager
+def only_options(given: Mapping[str, str], prefixes: tuple[str, ...]) -> Iterator[None]:
+    """Keep these options, and no others of the prefixes, in PETSc's database inside a ``with`` block.
+
+    Not collective. Afterwards the database is as before, whatever was inserted meanwhile: runs one after the other do not
+    see each other's options.
+    """
+    database = PETSc.Options()
+    before = database_options()
+    for name in before:
+        if name.startswith(prefixes):
+            database.delValue(name)
+    insert_options(given)
+    try:
+        yield
+    finally:
+        for name in database.getAll():
+            if name not in before or name.startswith(prefixes):
+                database.delValue(name)
+        insert_options({name: value for name, value in before.items() if not database.hasName(name)})
 
 
 def database_options() -> dict[str, str]:

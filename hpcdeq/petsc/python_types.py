@@ -21,6 +21,13 @@ SHORT_NAMES = {
     "pc_type": {
         "batched_lu": "hpcdeq.deq.dense.BatchedLU",
         "secant": "hpcdeq.deq.secant.SecantPreconditioner",
+        "kronecker": "hpcdeq.optim.preconditioners.Kronecker",
+        "gauss_newton_diagonal": "hpcdeq.optim.preconditioners.GaussNewtonDiagonal",
+        "inner_lbfgs": "hpcdeq.optim.preconditioners.InnerLBFGS",
+    },
+    "tao_type": {
+        "lbfgs": "hpcdeq.optim.lbfgs.LBFGS",
+        "levenberg_marquardt": "hpcdeq.optim.levenberg_marquardt.LevenbergMarquardt",
     },
 }
 # What PETSc's library does not have among its strings.
@@ -43,10 +50,24 @@ OPTIONS = frozenset(
         "-ksp_phantom_steps",
         "-ksp_phantom_damping",
         "-snes_fallback",
+        "-pc_kronecker_damping",
+        "-pc_kronecker_probes",
+        "-pc_kronecker_samples",
+        "-pc_lbfgs_history",
+        "-tao_lbfgs_history",
+        "-tao_lbfgs_renew",
+        "-tao_lbfgs_damping",
+        "-tao_lm_damping",
+        "-tao_lm_damping_min",
+        "-tao_lm_increase",
+        "-tao_lm_decrease",
+        "-tao_lm_reuse",
+        "-tao_lm_progress",
         # petsc4py reads these, not PETSc's library.
         "-snes_python_type",
         "-ksp_python_type",
         "-pc_python_type",
+        "-tao_python_type",
     }
 )
 

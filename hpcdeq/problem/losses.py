@@ -46,6 +46,10 @@ class Loss(ABC):
         """Return L·tangent with L = ∂²ℓ/∂y², in the shape of the outputs. Not collective."""
 
     @abstractmethod
+    def curvature_root(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
+        """Return R·noise with R Rᵀ = L, in the shape of the outputs. Not collective."""
+
+    @abstractmethod
     def metric_terms(self, outputs: Tensor, targets: Tensor) -> tuple[float, float]:
         """Return what is summed over all samples for the metric: numerator and denominator. Not collective."""
 
@@ -92,6 +96,11 @@ class CrossEntropy(Loss):
         weighted = p * tangent
         return weighted - p * weighted.sum(dim=1, keepdim=True)
 
+    def curvature_root(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
+        p = torch.softmax(outputs, dim=1)
+        weighted = p.sqrt() * noise
+        return weighted - p * weighted.sum(dim=1, keepdim=True)
+
     def metric_terms(self, outputs: Tensor, targets: Tensor) -> tuple[float, float]:
         return float((outputs.argmax(dim=1) == targets).sum()), float(targets.shape[0])
 
@@ -125,6 +134,9 @@ class MeanSquare(Loss):
 
     def curvature(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         return tangent / per_sample(outputs)
+
+    def curvature_root(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
+        return noise / per_sample(outputs) ** 0.5
 
     def metric_terms(self, outputs: Tensor, targets: Tensor) -> tuple[float, float]:
         return float((outputs - targets).double().square().sum()), float(targets.double().square().sum())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hpcdeq import parallel
 from hpcdeq.errors import ShapeError, UsageError
+from hpcdeq.problem.phases import REDUCTION, Phases
 
 
 class ParameterLayout:
@@ -23,6 +24,8 @@ class ParameterLayout:
         Its trainable floating-point parameters, in the order of ``named_parameters()``.
     comm
         The communicator that the vector is distributed over.
+    phases
+        Where the time of gathering and scattering is counted.
 
     Attributes
     ----------
@@ -34,8 +37,9 @@ class ParameterLayout:
         This rank's block as a slice.
     """
 
-    def __init__(self, model: nn.Module, comm: parallel.Comm) -> None:
+    def __init__(self, model: nn.Module, comm: parallel.Comm, phases: Phases | None = None) -> None:
         self.comm = comm
+        self.phases = phases or Phases()
         chosen = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
         if not chosen:
             raise UsageError("the model has no trainable parameters")
@@ -86,8 +90,18 @@ class ParameterLayout:
 
     def gather(self, block: np.ndarray) -> Tensor:
         """Return the whole vector from every rank's block, ``(n,)`` float64 on every rank. Collective on comm."""
-        return torch.from_numpy(parallel.gather_blocks(self.comm, block, self.block_sizes, np.empty(self.count)))
+        with self.phases.of(REDUCTION):
+            return torch.from_numpy(parallel.gather_blocks(self.comm, block, self.block_sizes, np.empty(self.count)))
+
+    def scatter_mean(self, contribution: Tensor, count: int) -> np.ndarray:
+        """Return this rank's block of the sum of every rank's contribution over a number. Collective on comm."""
+        with self.phases.of(REDUCTION):
+            own = contribution.double().cpu().numpy()
+            if self.comm.size > 1:
+                own = parallel.sum_and_scatter(self.comm, own, self.block_sizes)
+            return own / count
 
     def scatter_sum(self, contribution: Tensor) -> np.ndarray:
         """Return this rank's block of the sum of every rank's ``(n,)`` contribution. Collective on comm."""
-        return parallel.sum_and_scatter(self.comm, contribution.double().cpu().numpy(), self.block_sizes)
+        with self.phases.of(REDUCTION):
+            return parallel.sum_and_scatter(self.comm, contribution.double().cpu().numpy(), self.block_sizes)

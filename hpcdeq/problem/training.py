@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,13 +16,19 @@ from hpcdeq.errors import ConvergenceError, DataError, OptionError
 from hpcdeq.problem.accuracy import Accuracy
 from hpcdeq.problem.counts import Accounts
 from hpcdeq.problem.guidance import Guidance
-from hpcdeq.problem.linearised import Linearised, leaves, outputs_of
+from hpcdeq.problem.linearised import Linearised
+from hpcdeq.problem.local import LocalSums
 from hpcdeq.problem.losses import Loss, loss_named
-from hpcdeq.problem.memory import fair_share, process_bytes
+from hpcdeq.problem.memory import fair_share
+from hpcdeq.problem.network import Network
 from hpcdeq.problem.parameters import ParameterLayout
-from hpcdeq.problem.visits import Visits
+from hpcdeq.problem.phases import RECORD, REDUCTION, Phases
+from hpcdeq.problem.terms import L2, Term, sorted_terms
+from hpcdeq.problem.visits import MASK, Visits
 
 CHUNK_SIZE = 512
+# Keeps the samples of curvature products independent of what else is drawn with the same seed: a minibatch, say.
+CURVATURE_STREAM = 0x6375_7276
 Result = TypeVar("Result")
 
 
@@ -35,9 +41,9 @@ class Evaluation:
 
 
 class TrainingProblem:
-    """The mean loss of a network over a distributed set of samples, as a function of its weights.
+    """The mean loss of a network over a distributed set of samples, and terms added to it, as a function of its weights.
 
-    F(p) = 1/N Σᵢ ℓ(y(xᵢ; p), tᵢ) + λ/2 ‖p‖². Values are the same on all ranks and do not depend on their number
+    F(p) = 1/N Σᵢ ℓ(y(xᵢ; p), tᵢ) + Σ terms. Values are the same on all ranks and do not depend on their number
     beyond rounding and the tolerance of the fixed points. Samples are worked on in chunks, which bound the memory.
     Every method is collective on comm unless it says otherwise; a failure on one rank is raised on all.
 
@@ -54,7 +60,7 @@ class TrainingProblem:
     chunk_size
         Samples that are evaluated together on a rank.
     weight_decay
-        λ.
+        λ of a term λ/2 ‖p‖²: short for ``L2(weight_decay)`` among the terms.
     memory_limit
         Bytes that this process may hold before linearised chunks are no longer kept between the products of one
         iterate (they are then made anew each time). Default: half of the host's memory, shared among its ranks.
@@ -65,11 +71,23 @@ class TrainingProblem:
     adaptive
         Solve only as accurately as an optimiser's progress asks for; see `Accuracy`. Without an optimiser, and in
         `evaluate`, the tolerances are those of the options.
+    terms
+        Added to the loss: see `hpcdeq.problem.terms`. Losses, gradients and products are of the whole; `evaluate` looks at
+        the data alone.
+
+    Attributes
+    ----------
+    phases
+        Where the time goes.
+    weight_terms, sample_terms
+        The terms on the weights alone, as they are for these weights, and those on the samples' fixed points.
 
     Raises
     ------
     DataError
         No samples at all, or targets of the wrong kind for the loss.
+    OptionError
+        A setting out of range, or a term that does not fit the model.
     """
 
     def __init__(
@@ -85,6 +103,7 @@ class TrainingProblem:
         warm_start: bool = True,
         adaptive: bool = False,
         on_failure: str = "raise",
+        terms: Sequence[Term] = (),
     ) -> None:
         if not weight_decay >= 0:
             raise OptionError(f"weight_decay is {weight_decay}: give a number that is not negative")
@@ -94,16 +113,28 @@ class TrainingProblem:
         self.dataset = TensorDataset(*dataset, comm=comm) if isinstance(dataset, tuple) else dataset
         if self.dataset.count == 0:
             raise DataError("the training set has no samples")
-        self.weight_decay = weight_decay
-        self.layout = ParameterLayout(model, comm)
+        self.phases = Phases()
+        self.layout = ParameterLayout(model, comm, self.phases)
         self.accounts = Accounts(model, comm)
         self.memory_limit = fair_share(comm) if memory_limit is None else memory_limit
         self.guidance = Guidance(model, self.memory_limit // 8 if warm_start else 0)
-        self.visits = Visits(self.dataset, self.layout, self.guidance, chunk_size, on_failure)
+        self.visits = Visits(self.dataset, self.layout, self.guidance, chunk_size, on_failure, self.phases)
+        with parallel.agreement(comm):
+            terms = [*([L2(weight_decay)] if weight_decay else []), *terms]
+            found = sorted_terms(terms, self.layout, fixed_points=bool(self.guidance.layers))
+        self.weight_terms, self.sample_terms = found
+        self.local = LocalSums(
+            Network(model, self.layout.names, self.guidance.layers, self.sample_terms, self.dataset.offset),
+            self.layout,
+            self.loss_function,
+            self.visits,
+            self.guidance,
+            self.accounts,
+            self.phases,
+            self.memory_limit,
+        )
         self.left_out = 0
         self.accuracy = Accuracy() if adaptive and self.guidance.layers else None
-        self._point: Tensor | None = None
-        self._kept: dict[int, Linearised] = {}
 
     # ------------------------------------------------------------------------------------------------- values
 
@@ -121,15 +152,14 @@ class TrainingProblem:
         rows
             Global numbers of the samples to average over, the same on all ranks; None: all.
         """
-        own, error = self._guarded(lambda: self._local_loss(p, rows))
-        return self._summed(own or 0.0, error) / self._size(rows) + self._decay(p)
+        own, error = self._guarded(lambda: self.local.loss(p, rows))
+        return self._summed(own or 0.0, error) / self._size(rows) + self.weight_terms.value(p)
 
     def loss_and_gradient(self, p: Tensor, rows: np.ndarray | None = None) -> tuple[float, Tensor]:
         """Return F(p) and its gradient ``(n,)`` on every rank. Arguments as in `loss`."""
         total, own = self._local_gradient(p, rows)
-        gradient = torch.from_numpy(parallel.sum_over_ranks(self.comm, own.double().cpu().numpy()))
-        gradient = gradient.to(p) / self._size(rows) + self.weight_decay * p
-        return total / self._size(rows) + self._decay(p), gradient
+        gradient = self._over_ranks(own).to(p) / self._size(rows) + self.weight_terms.gradient(p).to(p)
+        return total / self._size(rows) + self.weight_terms.value(p), gradient
 
     def gradient(self, p: Tensor, rows: np.ndarray | None = None) -> Tensor:
         """Return the gradient of F, ``(n,)``, on every rank. Arguments as in `loss`."""
@@ -138,20 +168,24 @@ class TrainingProblem:
     def owned_loss_and_gradient(self, p: Tensor, rows: np.ndarray | None = None) -> tuple[float, np.ndarray]:
         """Return F(p) and this rank's block of its gradient (float64). Arguments as in `loss`."""
         total, own = self._local_gradient(p, rows)
-        block = self.layout.scatter_sum(own) / self._size(rows)
-        return total / self._size(rows) + self._decay(p), block + self.weight_decay * self._block(p)
+        block = self.layout.scatter_mean(own, self._size(rows))
+        if self.weight_terms.terms:  # a step on a small network notices every pass over its weights
+            block += self._block(self.weight_terms.gradient(p))
+        return total / self._size(rows) + self.weight_terms.value(p), block
 
     # ----------------------------------------------------------------------------------------------- products
 
-    def gauss_newton_product(self, p: Tensor, v: Tensor) -> Tensor:
-        """Return (1/N Σ Jᵢᵀ Lᵢ Jᵢ + λ I) v, ``(n,)`` on every rank; J = ∂y/∂p, L = ∂²ℓ/∂y²."""
-        return self._replicated(self._local_product(p, v, "gauss_newton_products"), v)
+    def gauss_newton_product(self, p: Tensor, v: Tensor, rows: np.ndarray | None = None) -> Tensor:
+        """Return (1/N Σ Jᵢᵀ Lᵢ Jᵢ + Σ C) v, ``(n,)`` on every rank; J = ∂y/∂p, L = ∂²ℓ/∂y², C of terms."""
+        own, size = self._product(p, v, "gauss_newton", rows)
+        return self._over_ranks(own).to(v) / size + self.weight_terms.product(p, v, "gauss_newton").to(v)
 
-    def hessian_product(self, p: Tensor, v: Tensor) -> Tensor:
-        """Return ∇²F(p) v, ``(n,)`` on every rank."""
-        return self._replicated(self._local_product(p, v, "hessian_products"), v)
+    def hessian_product(self, p: Tensor, v: Tensor, rows: np.ndarray | None = None) -> Tensor:
+        """Return ∇²F(p) v, ``(n,)`` on every rank. Arguments as in `loss`."""
+        own, size = self._product(p, v, "hessian", rows)
+        return self._over_ranks(own).to(v) / size + self.weight_terms.product(p, v, "hessian").to(v)
 
-    def owned_product(self, p: Tensor, v: Tensor, *, curvature: str) -> np.ndarray:
+    def owned_product(self, p: Tensor, v: Tensor, *, curvature: str, rows: np.ndarray | None = None) -> np.ndarray:
         """Return this rank's block of a curvature product (float64).
 
         Parameters
@@ -160,9 +194,44 @@ class TrainingProblem:
             ``(n,)`` tensors, the same on all ranks.
         curvature
             ``gauss_newton`` or ``hessian``.
+        rows
+            Global numbers of the samples to average over, the same on all ranks (as `curvature_rows` chooses them);
+            None: all. What is linearised is kept for the last choice, and for all samples, while p stays.
         """
-        own = self._local_product(p, v, f"{curvature}_products")
-        return self.layout.scatter_sum(own) / self._size(None) + self.weight_decay * self._block(v)
+        own, size = self._product(p, v, curvature, rows)
+        return self.layout.scatter_sum(own) / size + self._block(self.weight_terms.product(p, v, curvature))
+
+    def curvature_rows(self, fraction: float, seed: int, iteration: int) -> np.ndarray | None:
+        """Choose samples to take curvature products on: a fresh choice in every iteration.
+
+        Not collective: the choice depends on the arguments alone, and is the same on any number of ranks. Every sample is
+        as likely as any other, so that products are unbiased (Byrd, Chin, Neveitt and Nocedal 2011, "On the use of
+        stochastic Hessian information in optimization methods for machine learning").
+
+        Parameters
+        ----------
+        fraction
+            Of all samples, above 0 and at most 1; at least one sample is chosen.
+        seed, iteration
+            What the choice depends on.
+
+        Returns
+        -------
+        rows
+            Increasing global numbers, for `owned_product`; None, which stands for all samples, with a fraction of 1.
+
+        Raises
+        ------
+        OptionError
+            The fraction is out of range.
+        """
+        if not 0 < fraction <= 1:
+            raise OptionError(f"a fraction of {fraction} of the samples: give a number above 0 and at most 1")
+        size = max(1, round(fraction * self.dataset.count))
+        if size == self.dataset.count:
+            return None
+        drawn = np.random.default_rng([CURVATURE_STREAM, seed, iteration])
+        return np.sort(drawn.choice(self.dataset.count, size, replace=False))
 
     # ----------------------------------------------------------------------------------------------- accuracy
 
@@ -180,7 +249,8 @@ class TrainingProblem:
         self._loosen(self.accuracy.tolerance)
 
     def begin(self) -> None:
-        """Begin a minimisation: accuracy follows its progress from here on."""
+        """Begin a minimisation: accuracy follows its progress from here on, and its time is taken."""
+        self.phases.begin()
         if self.accuracy is not None:
             self.accuracy = Accuracy()
             self._loosen(self.accuracy.tolerance)
@@ -198,6 +268,7 @@ class TrainingProblem:
 
     def end(self) -> None:
         """End a minimisation: solve as accurately as the options say again."""
+        self.phases.end()
         self._loosen(0.0)
 
     def _loosen(self, tolerance: float) -> None:
@@ -211,47 +282,28 @@ class TrainingProblem:
             parts = []
             for tolerance in (self.guidance.loosened, (0.0, 0.0)):
                 self.guidance.loosened = tolerance
-                parts.append(self._sums(p, rows)[1])
+                parts.append(self.local.loss_and_gradient(p, rows)[1])
             return torch.stack([parts[0] - parts[1], parts[1]])
 
-        sums = parallel.sum_over_ranks(self.comm, self.agreed(local).double().cpu().numpy().ravel())
-        difference, tight = np.linalg.norm(sums.reshape(2, -1), axis=1)
+        difference, tight = torch.linalg.vector_norm(self._over_ranks(self.agreed(local)), dim=1).tolist()
         return float(difference / tight) if tight else 0.0
 
     # ------------------------------------------------------------------------------------------ looking at it
 
     def evaluate(self, p: Tensor, dataset: SampleSource) -> Evaluation:
         """Return mean loss and metric on a set of samples; NaN where a fixed point was not found. Not counted."""
-        pieces = self.layout.unflatten(p)
-
-        def local() -> list[float]:
-            sums = np.zeros(3)
-            with torch.no_grad():
-                for start in range(0, len(dataset), self.visits.chunk_size):
-                    rows = slice(start, min(start + self.visits.chunk_size, len(dataset)))
-                    inputs, targets = self.visits.move(*dataset.batch(rows))
-                    try:
-                        with self.guidance.batch(range(rows.start, rows.stop), p, place=f"/{id(dataset)}"):
-                            outputs = outputs_of(self.model, self.layout.names, pieces, inputs)
-                    except ConvergenceError:
-                        return [float("nan")] * 3
-                    self.loss_function.check(outputs, targets)
-                    sums += (
-                        float(self.loss_function.total(outputs, targets)),
-                        *self.loss_function.metric_terms(outputs, targets),
-                    )
-            return list(sums)
-
-        with self.accounts.paused():
-            own, error = self._guarded(local)
-        total, numerator, denominator = parallel.sum_or_raise(self.comm, np.array(own or [0.0] * 3), error)
+        with self.phases.of(RECORD):
+            with self.accounts.paused():
+                own, error = self._guarded(lambda: self.local.evaluation(p, dataset))
+            total, numerator, denominator = parallel.sum_or_raise(self.comm, np.array(own or [0.0] * 3), error)
         if dataset.count == 0:
             return Evaluation(float("nan"), float("nan"))
         return Evaluation(float(total) / dataset.count, self.loss_function.metric_value(numerator, denominator))
 
     def sum_of_blocks(self, values: np.ndarray) -> float:
         """Return the sum of all entries of a distributed vector, given this rank's block."""
-        return float(parallel.sum_over_ranks(self.comm, np.array([values.sum()]))[0])
+        with self.phases.of(REDUCTION):
+            return float(parallel.sum_over_ranks(self.comm, np.array([values.sum()]))[0])
 
     def randomness(self) -> str | None:
         """Name the first layer that makes the loss depend on chance or on the batch; None if there is none.
@@ -270,63 +322,37 @@ class TrainingProblem:
                 return f"{name} ({kind}, statistics of the batch)"
         return None
 
-    def linearised(self, p: Tensor) -> Iterator[Linearised]:
+    def linearised(self, p: Tensor, rows: np.ndarray | None = None) -> Iterator[Linearised]:
         """Yield this rank's chunks linearised at p, those kept from the last product at the same p as they are.
 
-        Not collective.
+        Not collective. Chunks of all samples and of the last choice of some (``rows``, as in `owned_product`) are kept.
         """
-        if self._point is None or not torch.equal(self._point, p):
-            self._kept.clear()
-            self._point = p.detach().clone()
-            self.guidance.linearised_at(self._point)
-        pieces = self.layout.unflatten(p)
-        for i in range(self.visits.chunk_count):
-            at = self._kept.get(i)
-            if at is None:
-                at = self.visits.visit(
-                    p,
-                    self.visits.chunk(i),
-                    i,
-                    lambda inputs, targets: Linearised(
-                        self.model, self.layout.names, pieces, inputs, targets, self.loss_function
-                    ),
-                    products=True,
-                )
-                if at is None:
-                    continue
-                self.guidance.keep_states(i)
-                if process_bytes() < self.memory_limit:
-                    self._kept[i] = at
-            yield at
+        return self.local.linearised(p, rows)
 
     def agreed(self, local: Callable[[], Result]) -> Result:
         """Return what a local computation returns, or raise on all ranks what any of them raised."""
         own, error = self._guarded(local)
-        parallel.agree(self.comm, error)
+        with self.phases.of(REDUCTION):
+            parallel.agree(self.comm, error)
         assert own is not None
         return own
 
     def forget(self) -> None:
         """Free the linearised chunks of the last iterate. Not collective."""
-        self._kept.clear()
-        self._point = None
+        self.local.forget()
 
-    # --------------------------------------------------------------------------------------------------- local
+    # --------------------------------------------------------------------------------------------------- shares
+
+    def _asked(self, rows: np.ndarray | None) -> int:
+        if rows is not None and not len(rows):
+            raise OptionError("no samples are chosen: rows is empty", agreed=True)
+        return self.dataset.count if rows is None else len(rows)
 
     def _size(self, rows: np.ndarray | None) -> int:
-        size = (self.dataset.count if rows is None else len(rows)) - self.left_out
-        if not size:
-            raise ConvergenceError("no sample has a fixed point: nothing is left of the loss", agreed=True)
-        return size
-
-    def _decay(self, p: Tensor) -> float:
-        return 0.5 * self.weight_decay * float(p.double() @ p.double()) if self.weight_decay else 0.0
+        return _some(self._asked(rows) - self.left_out)
 
     def _block(self, p: Tensor) -> np.ndarray:
         return p[self.layout.owned].double().cpu().numpy()
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.layout.count, dtype=self.layout.dtype, device=self.layout.device)
 
     def _guarded(self, local: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
         try:
@@ -334,67 +360,38 @@ class TrainingProblem:
         except Exception as error:  # whatever it is: the other ranks must hear of it before this one raises
             return None, error
 
+    def _over_ranks(self, own: Tensor) -> Tensor:
+        """Return the sum of a tensor over the ranks, float64 on the CPU."""
+        with self.phases.of(REDUCTION):
+            return torch.from_numpy(parallel.sum_over_ranks(self.comm, own.double().cpu().numpy()))
+
     def _summed(self, own: float, error: Exception | None) -> float:
         """Return the sum of a value over the ranks, and learn how many samples were left out of it."""
-        sums = parallel.sum_or_raise(self.comm, np.array([own, float(self.visits.left_out)]), error)
+        with self.phases.of(REDUCTION):
+            sums = parallel.sum_or_raise(self.comm, np.array([own, float(self.visits.left_out)]), error)
         self.left_out = int(sums[1])
         return float(sums[0])
 
-    def _local_loss(self, p: Tensor, rows: np.ndarray | None) -> float:
-        pieces = self.layout.unflatten(p)
-
-        def value(inputs: Any, targets: Tensor) -> float:
-            outputs = outputs_of(self.model, self.layout.names, pieces, inputs)
-            self.loss_function.check(outputs, targets)
-            self.accounts.own.losses += len(targets)
-            return float(self.loss_function.total(outputs, targets))
-
-        with torch.no_grad():
-            return sum(self.visits.each(p, rows, value))
-
     def _local_gradient(self, p: Tensor, rows: np.ndarray | None) -> tuple[float, Tensor]:
-        own, error = self._guarded(lambda: self._sums(p, rows))
+        own, error = self._guarded(lambda: self.local.loss_and_gradient(p, rows))
         total = self._summed(own[0] if own else 0.0, error)
         assert own is not None
         return total, own[1]
 
-    def _sums(self, p: Tensor, rows: np.ndarray | None) -> tuple[float, Tensor]:
-        """Return the sums of losses and gradients over this rank's batches."""
-        pieces = self.layout.unflatten(p)
+    def _product(self, p: Tensor, v: Tensor, curvature: str, rows: np.ndarray | None) -> tuple[Tensor, int]:
+        """Return this rank's sum of products, and the number of samples on all ranks that products are averaged over."""
+        own, count = self.agreed(lambda: self.local.product(p, v, curvature, rows))
+        kind = f"{curvature}_products"
+        asked = len(self.dataset) if rows is None else self.visits.own_count(rows)
+        setattr(self.accounts.own, kind, getattr(self.accounts.own, kind) + asked)
+        if self.visits.on_failure != MASK:
+            return own, self._asked(rows)
+        with self.phases.of(REDUCTION):
+            sums = parallel.sum_over_ranks(self.comm, np.array([count], dtype=np.int64))
+        return own, _some(int(sums[0]))
 
-        def value_and_gradient(inputs: Any, targets: Tensor) -> tuple[float, Tensor]:
-            weights = leaves(pieces)
-            with torch.enable_grad():
-                outputs = outputs_of(self.model, self.layout.names, weights, inputs)
-                self.loss_function.check(outputs, targets)
-                value = self.loss_function.total(outputs, targets)
-            parts = torch.autograd.grad(value, weights, allow_unused=True)
-            self.accounts.own.gradients += len(targets)
-            return float(value.detach()), self.layout.flatten(parts)
 
-        total, gradient = 0.0, self._zeros()
-        for value, part in self.visits.each(p, rows, value_and_gradient):
-            total += value
-            gradient += part
-        return total, gradient
-
-    def _local_product(self, p: Tensor, v: Tensor, kind: str) -> Tensor:
-        pieces = self.layout.unflatten(v)
-
-        def local() -> Tensor:
-            total = self._zeros()
-            for i, at in enumerate(self.linearised(p)):
-                if kind == "gauss_newton_products":
-                    total += self.layout.flatten(at.gauss_newton_product(pieces))
-                    self.guidance.keep_tangents(v, i)
-                else:
-                    total += self.layout.flatten(at.hessian_product(pieces))
-            return total
-
-        own = self.agreed(local)
-        setattr(self.accounts.own, kind, getattr(self.accounts.own, kind) + len(self.dataset))
-        return own
-
-    def _replicated(self, own: Tensor, v: Tensor) -> Tensor:
-        total = torch.from_numpy(parallel.sum_over_ranks(self.comm, own.double().cpu().numpy()))
-        return total.to(v) / self._size(None) + self.weight_decay * v
+def _some(size: int) -> int:
+    if not size:
+        raise ConvergenceError("no sample has a fixed point: nothing is left of the loss", agreed=True)
+    return size

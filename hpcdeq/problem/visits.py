@@ -13,9 +13,11 @@ from hpcdeq.data import GraphBatch, SampleSource
 from hpcdeq.errors import ConvergenceError, OptionError
 from hpcdeq.problem.guidance import Guidance
 from hpcdeq.problem.parameters import ParameterLayout
+from hpcdeq.problem.phases import FORWARD, Phases
 
 RAISE, WARN, MASK = POLICIES = ("raise", "warn", "mask")
 Result = TypeVar("Result")
+Compute = Callable[[Any, Tensor, Sequence[int]], Result]
 
 
 class Visits:
@@ -36,6 +38,8 @@ class Visits:
     on_failure
         ``raise``: a sample without a fixed point ends the evaluation. ``warn``: its unconverged state is used, with a
         warning. ``mask``: it is left out, and counted.
+    phases
+        Visits take forward time, but for what is computed in them under another name.
 
     Attributes
     ----------
@@ -44,7 +48,13 @@ class Visits:
     """
 
     def __init__(
-        self, dataset: SampleSource, layout: ParameterLayout, guidance: Guidance, chunk_size: int, on_failure: str
+        self,
+        dataset: SampleSource,
+        layout: ParameterLayout,
+        guidance: Guidance,
+        chunk_size: int,
+        on_failure: str,
+        phases: Phases,
     ) -> None:
         if chunk_size < 1:
             raise OptionError(f"chunk_size is {chunk_size}: give 1 or more samples")
@@ -55,6 +65,7 @@ class Visits:
         self.guidance = guidance
         self.chunk_size = chunk_size
         self.on_failure = on_failure
+        self.phases = phases
         self.left_out = 0
         for layer in guidance.layers.values():
             layer.on_failure = WARN if on_failure == WARN else RAISE
@@ -68,7 +79,30 @@ class Visits:
         """Return the numbers of the samples of a chunk."""
         return range(i * self.chunk_size, min((i + 1) * self.chunk_size, len(self.dataset)))
 
-    def each(self, p: Tensor, rows: np.ndarray | None, compute: Callable[[Any, Tensor], Result]) -> Iterator[Result]:
+    def batches(self, rows: np.ndarray | None) -> list[tuple[Sequence[int], int | None]]:
+        """Return this rank's batches: its numbers of their samples, and the chunk's number (None: no chunk of all).
+
+        Parameters
+        ----------
+        rows
+            Global numbers of samples; None: all.
+        """
+        if rows is None:
+            return [(self.chunk(i), i) for i in range(self.chunk_count)]
+        own = np.sort(self._own(rows)).tolist()
+        return [(own[k : k + self.chunk_size], None) for k in range(0, len(own), self.chunk_size)]
+
+    def own_count(self, rows: np.ndarray) -> int:
+        """Return how many of some samples, given by their global numbers, are on this rank."""
+        return len(self._own(rows))
+
+    def _own(self, rows: np.ndarray) -> np.ndarray:
+        if len(self.dataset) == self.dataset.count:
+            return rows
+        first = self.dataset.offset
+        return rows[(rows >= first) & (rows < first + len(self.dataset))] - first
+
+    def each(self, p: Tensor, rows: np.ndarray | None, compute: Compute[Result]) -> Iterator[Result]:
         """Yield what is computed of batches at weights p.
 
         Parameters
@@ -78,16 +112,10 @@ class Visits:
         rows
             Global numbers of samples; None: all.
         compute
-            ``compute(inputs, targets)``.
+            ``compute(inputs, targets, ids)``, ids this rank's numbers of the samples.
         """
         self.left_out = 0
-        if rows is None:
-            batches: list[tuple[Sequence[int], int | None]] = [(self.chunk(i), i) for i in range(self.chunk_count)]
-        else:
-            first = self.dataset.offset
-            own = np.sort(rows[(rows >= first) & (rows < first + len(self.dataset))] - first).tolist()
-            batches = [(own[k : k + self.chunk_size], None) for k in range(0, len(own), self.chunk_size)]
-        for ids, number in batches:
+        for ids, number in self.batches(rows):
             result = self.visit(p, ids, number, compute)
             if result is not None:
                 yield result
@@ -97,17 +125,17 @@ class Visits:
         p: Tensor,
         ids: Sequence[int],
         number: int | None,
-        compute: Callable[[Any, Tensor], Result],
+        compute: Compute[Result],
         *,
         products: bool = False,
     ) -> Result | None:
         """Return what is computed of one batch, None if it had to leave out every sample; arguments as in `Guidance.batch`."""
         while len(ids):
-            rows = slice(ids.start, ids.stop) if isinstance(ids, range) else torch.tensor(ids)
-            inputs, targets = self.move(*self.dataset.batch(rows))
+            rows = slice(ids.start, ids.stop) if isinstance(ids, range) else torch.from_numpy(np.array(ids))
             try:
-                with self.guidance.batch(ids, p, chunk=number, products=products):
-                    return compute(inputs, targets)
+                with self.phases.of(FORWARD), self.guidance.batch(ids, p, chunk=number, products=products):
+                    inputs, targets = self.move(*self.dataset.batch(rows))
+                    return compute(inputs, targets, ids)
             except ConvergenceError as error:
                 good = getattr(error.record, "converged", None)
                 if self.on_failure != MASK or good is None or len(good) != len(ids) or bool(good.all()):

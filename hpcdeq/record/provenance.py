@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hpcdeq import parallel
 from hpcdeq.petsc.facts import petsc_facts
@@ -46,6 +48,11 @@ def environment(comm: parallel.Comm, seed: int, command: Sequence[str] | None = 
         "command": shlex.join(sys.orig_argv if command is None else command),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def fingerprint(weights: Tensor) -> str:
+    """Return the SHA-256 of weights ``(n,)`` as float64, so that runs can be seen to have begun alike. Not collective."""
+    return hashlib.sha256(weights.detach().double().cpu().numpy().astype("<f8").tobytes()).hexdigest()
 
 
 def _versions() -> dict[str, str | None]:

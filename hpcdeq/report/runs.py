@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import os
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hpcdeq.errors import DataError
+from hpcdeq.record.evaluations import EVALUATION_COLUMNS
 from hpcdeq.record.monitor import HISTORY_COLUMNS
 
 
@@ -29,12 +32,26 @@ class Run:
         Content of summary.json.
     history
         Columns of history.csv by name, ``(iterates,)`` float64 each; NaN where not measured.
+    evaluations
+        Columns of evaluations.csv in the same way; empty where there is none.
+    environment
+        Content of environment.json; empty where there is none.
     """
 
     path: Path
     config: str
     summary: dict[str, Any]
     history: dict[str, np.ndarray]
+    evaluations: dict[str, np.ndarray] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The resolved configuration, names as in config.toml."""
+        try:
+            return tomllib.loads(self.config)
+        except tomllib.TOMLDecodeError as error:
+            raise DataError(f"{self.path / 'config.toml'} is damaged: {error}") from error
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
@@ -54,13 +71,25 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         begun = (path / "history.csv").exists()
         state = "the run has not finished, or was killed" if begun else "this is no run directory"
         raise DataError(f"{path} has no summary.json: {state}")
+    evaluations, environment = path / "evaluations.csv", path / "environment.json"
+    return Run(
+        path,
+        _text(path / "config.toml"),
+        _object(path / "summary.json"),
+        _columns(path / "history.csv", HISTORY_COLUMNS),
+        _columns(evaluations, EVALUATION_COLUMNS) if evaluations.exists() else {},
+        _object(environment) if environment.exists() else {},
+    )
+
+
+def _object(path: Path) -> dict[str, Any]:
     try:
-        summary = json.loads(_text(path / "summary.json"))
+        found = json.loads(_text(path))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path / 'summary.json'} is damaged: {error}") from error
-    if not isinstance(summary, dict):
-        raise DataError(f"{path / 'summary.json'} is damaged: not an object")
-    return Run(path, _text(path / "config.toml"), summary, _history(path / "history.csv"))
+        raise DataError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is damaged: not an object")
+    return found
 
 
 def _text(path: Path) -> str:
@@ -70,10 +99,10 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _history(path: Path) -> dict[str, np.ndarray]:
+def _columns(path: Path, wanted: Sequence[str]) -> dict[str, np.ndarray]:
     rows = list(csv.reader(_text(path).splitlines()))
     header = rows[0] if rows else []
-    missing = [name for name in HISTORY_COLUMNS if name not in header]
+    missing = [name for name in wanted if name not in header]
     if missing:
         raise DataError(f"{path} has no column {missing[0]}")
     values = np.empty((len(rows) - 1, len(header)))

@@ -1,0 +1,1 @@
+"""Many runs for one question: what a comparison is to run, and running it."""

@@ -1,0 +1,81 @@
+"""A training run that is to be compared: evaluated along the way, and with a summary however it ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hpcdeq.config import TrainConfig
+from hpcdeq.errors import HpcdeqError
+from hpcdeq.train import Training
+
+if TYPE_CHECKING:
+    from hpcdeq.optim import Iterate, Result
+
+
+class ComparedTraining(Training):
+    """A `Training` that also writes evaluations.csv. Every method is collective on MPI.COMM_WORLD.
+
+    Training and test data are evaluated at every iterate with the best validation metric so far, at others with enough time
+    between, and at the last one. As the callback of the optimiser, that is not on its clock.
+    """
+
+    def __init__(self, config: TrainConfig, out: str, *, quiet: bool) -> None:
+        from hpcdeq.record import EvaluationWriter, Spacing
+
+        super().__init__(config, out, quiet=quiet)
+        self.writer: EvaluationWriter | None = None
+        self.spacing = Spacing()
+        self.row = -1
+        self.last: Iterate | None = None
+        self.pending = False
+
+    def _record(self, iterate: Iterate) -> None:
+        best = self.best
+        super()._record(iterate)
+        self.row += 1
+        self.last = iterate
+        self.pending = True
+        if self.spacing.due(iterate.seconds, self.best is not best):
+            self._evaluate(iterate.x)
+
+    def _evaluate(self, x: Any) -> None:
+        from hpcdeq import parallel
+        from hpcdeq.record import EvaluationWriter
+
+        train = self.problem.evaluate(x, self.sets["train"])
+        test = self.problem.evaluate(x, self.sets["test"]) if self.sets["test"].count else None
+        self.pending = False
+        with parallel.agreement(self.comm):
+            if self.directory.writes:
+                if self.writer is None:
+                    self.writer = EvaluationWriter(self.directory.path / "evaluations.csv")
+                self.writer.write(self.row, train, test)
+
+    def _finish(self, result: Result) -> None:
+        if self.pending and self.last is not None:
+            self._evaluate(self.last.x)
+        super()._finish(result)
+
+    def leave_failed(self, error: HpcdeqError) -> None:
+        """Leave a summary of a run that ended with an error, as one that diverged."""
+        from hpcdeq.optim import Result
+        from hpcdeq.optim.base import DIVERGED
+
+        last = self.last
+        nothing = float("nan")
+        told = str(error).splitlines()[0]
+        self._finish(
+            Result(
+                x=self.problem.initial() if last is None else last.x,
+                status=DIVERGED,
+                reason=type(error).__name__,
+                message=told,
+                loss=nothing if last is None else last.loss,
+                gradient_norm=nothing if last is None else last.gradient_norm,
+                iterations=0 if last is None else last.iteration,
+                counts=self.problem.accounts.totals() if last is None else last.counts,
+                history=[(0, nothing, nothing, nothing)]
+                if last is None
+                else [(last.iteration, last.seconds, last.loss, last.gradient_norm)],
+            )
+        )

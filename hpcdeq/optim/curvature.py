@@ -1,0 +1,101 @@
+"""The curvature of a training problem as a PETSc matrix: products at the present weights, and what preconditioners ask for."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcdeq.errors import OptionError
+from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.operators import ProductMatrix
+from hpcdeq.problem import TrainingProblem
+
+
+class CurvatureMatrix(ProductMatrix):
+    """Context of the Hessian that TAO is given: Gauss-Newton or true, of all samples or of some.
+
+    Parameters
+    ----------
+    problem
+        Whose curvature it is.
+    kind
+        ``gauss_newton`` or ``hessian``.
+    fraction
+        Part of the samples, drawn anew at every point, that products are taken on.
+    seed
+        Of that choice.
+
+    Attributes
+    ----------
+    point
+        ``(n,)`` weights that it belongs to; None before the first.
+    moves
+        How many points there have been.
+    multiple
+        Multiple of the identity that TAO has added.
+    pairs
+        The last products (v, A v, without the multiple), where ``remember`` asked for them.
+    """
+
+    def __init__(self, problem: TrainingProblem, kind: str, fraction: float = 1.0, seed: int = 0) -> None:
+        super().__init__(self._product)
+        self.problem = problem
+        self.kind = kind
+        self.fraction = fraction
+        self.seed = seed
+        self.point: Tensor | None = None
+        self.moves = 0
+        self.pairs: deque[tuple[PETSc.Vec, PETSc.Vec]] = deque(maxlen=0)
+        self._rows: np.ndarray | None = None
+
+    def move(self, point: Tensor) -> None:
+        """Go to new weights, the same on all ranks. Not collective."""
+        self.unshift()
+        if self.point is None or not torch.equal(point, self.point):
+            self._rows = self.problem.curvature_rows(self.fraction, self.seed, self.moves)
+            self.moves += 1
+        self.point = point
+
+    def remember(self, count: int) -> None:
+        """Keep the last products from now on. Not collective."""
+        self.pairs = deque(maxlen=count)
+
+    def forget(self) -> None:
+        """Free what is kept. Collective on the problem's comm."""
+        while self.pairs:
+            for vector in self.pairs.popleft():
+                vector.destroy()
+
+    def _product(self, v: PETSc.Vec, y: PETSc.Vec) -> None:
+        assert self.point is not None
+        layout = self.problem.layout
+        whole = layout.gather(v.getArray(readonly=True))
+        block = self.problem.owned_product(self.point, whole, curvature=self.kind, rows=self._rows)
+        with y as values:
+            values[:] = block
+        if self.pairs.maxlen:
+            if len(self.pairs) == self.pairs.maxlen:
+                for vector in self.pairs.popleft():
+                    vector.destroy()
+            self.pairs.append((v.copy(), y.copy()))
+
+
+def curvature_of(pc: PETSc.PC) -> CurvatureMatrix:
+    """Return the curvature that a preconditioner is for.
+
+    Not collective.
+
+    Raises
+    ------
+    OptionError
+        It is for another matrix.
+    """
+    context = pc.getOperators()[1].getPythonContext()
+    if not isinstance(context, CurvatureMatrix):
+        raise OptionError(
+            f"-{pc.getOptionsPrefix() or ''}pc_type: this preconditioner is for the curvature of a training problem"
+        )
+    return context

@@ -1,0 +1,131 @@
+"""L-BFGS whose initial matrix is a preconditioner, as a TAO type: ``-tao_type lbfgs``.
+
+Nocedal 1980 (two-loop recursion) with TAO's line searches (Moré-Thuente, which meets the strong Wolfe conditions, unless
+``-tao_ls_type`` says otherwise). The initial inverse is what ``-tao_pc_type`` names: Kronecker factors of the Gauss-Newton
+matrix know the curvature of every layer, and the pairs correct them along the steps taken. TAO's own lmvm takes such a matrix
+too, but loses it with the first line search that fails (its fallback clears it), and no viewer can save its memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+from hpcdeq.errors import OptionError
+from hpcdeq.optim.limited_memory import LimitedMemory
+from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.options import number
+
+ROUNDING = 1e-14  # relative error of a loss
+INCREASE, DECREASE = 10.0, 2.0  # of the damping, when a line search fails and with every renewal
+
+
+class LBFGS:
+    """Context of a TAO of python type. Collective on the TAO, every method.
+
+    Options: ``-tao_lbfgs_history`` (20), pairs kept; ``-tao_lbfgs_renew`` (20), iterations after which the preconditioner is
+    renewed; ``-tao_lbfgs_damping`` (1e-4), damping of it after a line search that failed, over the curvature along the gradient.
+    """
+
+    def __init__(self) -> None:
+        self.history, self.renew = 20, 20
+        self.first = 1e-4
+        self.damping = 0.0
+        self.memory = LimitedMemory(self.history)
+
+    def setFromOptions(self, tao: PETSc.TAO) -> None:  # noqa: N802 (petsc4py's name)
+        """Read the options."""
+        prefix = tao.getOptionsPrefix() or ""
+        tao.getKSP().setOptionsPrefix(prefix + "tao_")  # PETSc leaves it without
+        options = PETSc.Options(prefix)
+        self.history = int(number(options, "tao_lbfgs_history", self.history))
+        self.renew = int(number(options, "tao_lbfgs_renew", self.renew))
+        self.first = float(number(options, "tao_lbfgs_damping", self.first))
+        self.memory.history = self.history
+        if self.history < 1 or self.renew < 1 or not self.first > 0:
+            raise OptionError("-tao_lbfgs_history and -tao_lbfgs_renew are 1 or more, -tao_lbfgs_damping is above 0")
+
+    def solve(self, tao: PETSc.TAO) -> None:
+        """Minimise."""
+        x, g = tao.getSolution(), tao.getGradient()[0]
+        hessian = tao.getHessian()[0]
+        work = [x.duplicate() for _ in range(4)]
+        try:
+            self._iterate(tao, x, g, hessian, work)
+        finally:
+            self.memory.clear()
+            for vector in work:
+                vector.destroy()
+
+    def _iterate(self, tao: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec, hessian: PETSc.Mat, work: list[PETSc.Vec]) -> None:
+        direction, scratch, old_x, old_g = work
+        search, searches = tao.getLineSearch(), PETSc.TAOLineSearch.ConvergedReason
+        f = tao.computeObjectiveGradient(x, g)
+        iteration, since, length = 0, 0, 0.0
+        tell(tao, iteration, f, g.norm(), length)
+        while not tao.getConvergedReason():
+            if since % self.renew == 0:
+                self._renew(tao, x, g, hessian, scratch)
+            self._direction(tao, g, direction, scratch)
+            if not g.dot(direction) < 0:
+                self.memory.clear()
+                self._direction(tao, g, direction, scratch)
+            x.copy(old_x)
+            g.copy(old_g)
+            search.setInitialStepLength(1.0)
+            value, length, ended = search.apply(x, g, direction)
+            success = ended in (searches.SUCCESS, searches.SUCCESS_USER)
+            # Near the minimum rounding hides the decrease of the loss, and the gradient still tells.
+            level = success and value <= f + ROUNDING * abs(f) and g.norm() < old_g.norm()
+            if not (math.isfinite(value) and (value < f or level)):
+                old_x.copy(x)
+                old_g.copy(g)
+                if not self.memory.pairs and since == 0:
+                    tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE)
+                    return
+                # Once more from the preconditioner alone, renewed and damped more.
+                self.memory.clear()
+                self.damping = max(INCREASE * self.damping, self.first * curvature_along(hessian, g, scratch))
+                since = 0
+                continue
+            f = value
+            iteration, since = iteration + 1, since + 1
+            s, y = x.copy(), g.copy()
+            s.axpy(-1.0, old_x)
+            y.axpy(-1.0, old_g)
+            self.memory.add(s, y)
+            tell(tao, iteration, f, g.norm(), length)
+
+    def _renew(self, tao: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec, hessian: PETSc.Mat, scratch: PETSc.Vec) -> None:
+        """Move the preconditioner to the present weights."""
+        if tao.getKSP().getPC().getType() == PETSc.PC.Type.NONE:
+            return
+        context = hessian.getPythonContext()
+        tao.computeHessian(x, hessian)
+        self.damping /= DECREASE
+        context.shift(hessian, self.damping)
+        ksp = tao.getKSP()
+        ksp.setOperators(hessian, hessian)
+        ksp.setUp()
+
+    def _direction(self, tao: PETSc.TAO, g: PETSc.Vec, direction: PETSc.Vec, scratch: PETSc.Vec) -> None:
+        """Set the direction to -H g."""
+        pc = tao.getKSP().getPC()
+        alone = pc.getType() == PETSc.PC.Type.NONE
+        self.memory.apply(g, direction, scratch, None if alone else pc.apply)
+        first = alone and not self.memory.pairs
+        direction.scale(-1 / max(1.0, direction.norm()) if first else -1.0)
+
+
+def tell(tao: PETSc.TAO, iteration: int, f: float, gradient_norm: float, step: float) -> None:
+    """Tell TAO of an iterate: its monitors, and its tests of convergence. Collective on the TAO."""
+    tao.setIterationNumber(iteration)
+    tao.monitor(iteration, f, gradient_norm, 0.0, step)
+    if not tao.getConvergedReason():
+        tao.setConvergedReason(tao.checkConverged())
+
+
+def curvature_along(hessian: PETSc.Mat, g: PETSc.Vec, work: PETSc.Vec) -> float:
+    """Return g·B g / g·g, 1 where that is no positive number. Collective on the matrix."""
+    hessian.mult(g, work)
+    curvature, square = g.dot(work), g.dot(g)
+    return curvature / square if curvature > 0 and math.isfinite(curvature) else 1.0

@@ -1,0 +1,235 @@
+"""Kronecker factors of the Gauss-Newton matrix on many ranks: each decomposes and applies those of some layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcdeq import parallel
+from hpcdeq.problem.kronecker import Shape, Sums, local_sums
+from hpcdeq.problem.phases import FACTORS
+from hpcdeq.problem.recording import EMBEDDING, KINDS, SPECTRAL
+from hpcdeq.problem.training import TrainingProblem
+
+PROBES = 6
+SAMPLES = 512
+# Random subsets of samples and probes change from iterate to iterate, the matrix less: this much of the last factors stays.
+MEMORY = 0.5
+
+
+@dataclass
+class Block:
+    """A ⊗ G of one weight by its eigenvectors, A = U diag(a) Uᴴ and G = Q diag(g) Qᴴ.
+
+    Attributes
+    ----------
+    shape
+        Whose it is.
+    given, probed
+        A and G, ``(batch, inputs, inputs)`` and ``(batch, outputs, outputs)``.
+    """
+
+    shape: Shape
+    given: Tensor
+    probed: Tensor
+
+    def __post_init__(self) -> None:
+        a, self._left = torch.linalg.eigh(self.given)
+        g, self._right = torch.linalg.eigh(self.probed)
+        # A complex number is two real ones, among which its variance is shared.
+        share = 0.5 if self.shape.is_complex else 1.0
+        self.values = share * a.clamp(min=0)[:, :, None] * g.clamp(min=0)[:, None, :]
+
+    def solve(self, v: Tensor, damping: float) -> Tensor:
+        """Return (A ⊗ G + damping I)⁻¹ v for ``(batch, inputs, outputs)`` numbers. Not collective."""
+        inner = self._left.mH @ v.to(self._left) @ self._right.conj()
+        return self._left @ (inner / (self.values + damping)) @ self._right.mT
+
+
+class KroneckerFactors:
+    """An approximation of the Gauss-Newton matrix of a problem that is quick to invert.
+
+    Collective on the problem's comm, every method.
+
+    Parameters
+    ----------
+    problem
+        Whose matrix it is. Terms without samples (weight decay) are left out: the damping takes their place.
+    probes, samples
+        Random probes a sample, and number of samples (chosen anew at each update) that factors are made of.
+    seed
+        Of both.
+    layers
+        False: nothing but the diagonal.
+
+    Attributes
+    ----------
+    largest
+        Largest eigenvalue.
+    """
+
+    def __init__(
+        self,
+        problem: TrainingProblem,
+        probes: int = PROBES,
+        samples: int = SAMPLES,
+        seed: int = 0,
+        *,
+        layers: bool = True,
+    ) -> None:
+        self.problem = problem
+        self.layers = layers
+        self.probes = probes
+        self.samples = samples
+        self.seed = seed
+        self.largest = 0.0
+        self.blocks: list[Block] = []
+        self.diagonal = np.zeros(0)
+        self._updates = 0
+        layout = problem.layout
+        self._starts = np.concatenate([[0], np.cumsum(layout.lengths)])
+        self._covered = np.zeros(layout.count, dtype=bool)
+
+    def update(self, p: Tensor) -> None:
+        """Move to weights p, ``(n,)``."""
+        problem = self.problem
+        with problem.phases.of(FACTORS):
+            rows = problem.curvature_rows(min(1.0, self.samples / problem.dataset.count), self.seed, self._updates)
+            seed = (self.seed, self._updates)
+            sums, own = problem.agreed(lambda: local_sums(problem, p, rows, self.probes, seed))
+            count = parallel.sum_over_ranks(problem.comm, np.array([own]))[0]
+            shapes = self._agreed_shapes(sums) if self.layers else []
+            owners = shared_out([shape.cost for shape in shapes], problem.comm.size)
+            self._reduce(sums, shapes, owners, float(count))
+            self._reduce_diagonal(sums, shapes, float(count))
+            own_largest = max((float(block.values.max()) for block in self.blocks), default=0.0)
+            self.largest = parallel.max_over_ranks(problem.comm, max(own_largest, self.diagonal.max(initial=0.0)))
+            self._updates += 1
+
+    def solve(self, v: Tensor, damping: float) -> np.ndarray:
+        """Return this rank's block of (K + damping I)⁻¹ v, v ``(n,)`` the same on all ranks."""
+        layout = self.problem.layout
+        v = v.double().cpu()
+        out = torch.zeros(layout.count, dtype=torch.float64)
+        for block in self.blocks:
+            self._put(out, block.shape, block.solve(self._take(v, block.shape), damping))
+        own = layout.scatter_sum(out)
+        rest = ~self._covered[layout.owned]
+        own[rest] = v[layout.owned].numpy()[rest] / (self.diagonal[layout.owned][rest] + damping)
+        return own
+
+    # ---------------------------------------------------------------------------------------------------- sums
+
+    def _agreed_shapes(self, sums: Sums) -> list[Shape]:
+        """Return the shapes that any rank has found: one without samples has found none."""
+        table = np.zeros((len(self.problem.layout.lengths), 6), dtype=np.int64)
+        for shape in sums.shapes.values():
+            bias = 0 if shape.bias is None else shape.bias + 1
+            table[shape.weight] = (1, KINDS.index(shape.kind), bias, shape.batch, shape.inputs, shape.outputs)
+        table = parallel.sum_over_ranks(self.problem.comm, table.ravel()).reshape(table.shape)
+        found = []
+        for weight, (ranks, *entries) in enumerate(table):
+            if ranks:
+                kind, bias, batch, inputs, outputs = (int(entry // ranks) for entry in entries)
+                found.append(Shape(weight, bias - 1 if bias else None, KINDS[kind], batch, inputs, outputs))
+        return found
+
+    def _reduce(self, sums: Sums, shapes: list[Shape], owners: list[int], count: float) -> None:
+        """Sum up every layer's factors on the rank that owns it, blend them with its last ones, and decompose them."""
+        comm = self.problem.comm
+        order = [
+            shape for rank in range(comm.size) for shape, owner in zip(shapes, owners, strict=True) if owner == rank
+        ]
+        parts, sizes = [], [0] * comm.size
+        for shape, owner in sorted(zip(shapes, owners, strict=True), key=lambda pair: pair[1]):
+            first, second = shape.lengths
+            sizes[owner] += first + second + 1
+            for tensor, length in ((sums.given.get(shape.weight), first), (sums.probed.get(shape.weight), second)):
+                parts.append(np.zeros(length) if tensor is None else _flat(tensor))
+            parts.append(np.array([sums.places.get(shape.weight, 0.0)]))
+        packed = np.concatenate(parts) if parts else np.zeros(0)
+        own = parallel.sum_and_scatter(comm, packed, sizes)
+        before = {block.shape: block for block in self.blocks}
+        self.blocks, place = [], 0
+        for shape in order:
+            if owners[shapes.index(shape)] != comm.rank:
+                continue
+            first, second = shape.lengths
+            given = _square(own[place : place + first], shape.batch, shape.inputs, shape.is_complex)
+            probed = _square(own[place + first : place + first + second], shape.batch, shape.outputs, shape.is_complex)
+            places = own[place + first + second]
+            place += first + second + 1
+            given, probed = given / max(places, 1e-300), probed / (count * self.probes)
+            last = before.get(shape)
+            if last is not None:
+                given = MEMORY * last.given + (1 - MEMORY) * given
+                probed = MEMORY * last.probed + (1 - MEMORY) * probed
+            self.blocks.append(Block(shape, given, probed))
+
+    def _reduce_diagonal(self, sums: Sums, shapes: list[Shape], count: float) -> None:
+        """Sum up the diagonal, and smooth what few probes say of one number by its tensor's mean."""
+        self._covered[:] = False
+        for shape in shapes:
+            for number in (shape.weight, shape.bias):
+                if number is not None:
+                    self._covered[self._starts[number] : self._starts[number + 1]] = True
+        means = [np.full(len(s), 0.5 * float(s.mean())) + 0.5 * s.numpy() for s in sums.squares]
+        diagonal = parallel.sum_over_ranks(self.problem.comm, np.concatenate(means)) / (count * self.probes)
+        last = self.diagonal
+        self.diagonal = MEMORY * last + (1 - MEMORY) * diagonal if len(last) else diagonal
+
+    # ------------------------------------------------------------------------------------------------- vectors
+
+    def _piece(self, v: Tensor, number: int) -> Tensor:
+        layout = self.problem.layout
+        return v[self._starts[number] : self._starts[number + 1]].view(layout.shapes[number])
+
+    def _take(self, v: Tensor, shape: Shape) -> Tensor:
+        """Return a layer's part of a vector as ``(batch, inputs, outputs)``."""
+        weight = self._piece(v, shape.weight)
+        if shape.kind == SPECTRAL:
+            return torch.view_as_complex(weight.contiguous())
+        if shape.kind == EMBEDDING:
+            return weight[None]
+        matrix = weight.flatten(1).T
+        if shape.bias is not None:
+            matrix = torch.cat([matrix, self._piece(v, shape.bias)[None]])
+        return matrix[None]
+
+    def _put(self, out: Tensor, shape: Shape, values: Tensor) -> None:
+        weight = self._piece(out, shape.weight)
+        if shape.kind == SPECTRAL:
+            weight.copy_(torch.view_as_real(values))
+        elif shape.kind == EMBEDDING:
+            weight.copy_(values[0])
+        else:
+            matrix = values[0]
+            if shape.bias is not None:
+                self._piece(out, shape.bias).copy_(matrix[-1])
+                matrix = matrix[:-1]
+            weight.copy_(matrix.T.reshape(weight.shape))
+
+
+def shared_out(costs: Sequence[int], ranks: int) -> list[int]:
+    """Return a rank for each cost, the largest first to the least burdened. Not collective."""
+    burdens, owners = [0] * ranks, [0] * len(costs)
+    for place in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[place] = burdens.index(min(burdens))
+        burdens[owners[place]] += costs[place]
+    return owners
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.double().cpu().reshape(-1).numpy()
+
+
+def _square(values: np.ndarray, batch: int, order: int, is_complex: bool) -> Tensor:
+    tensor = torch.from_numpy(values.copy())
+    if is_complex:
+        return torch.view_as_complex(tensor.view(batch, order, order, 2))
+    return tensor.view(batch, order, order)
