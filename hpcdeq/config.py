@@ -14,7 +14,16 @@ from typing import Any
 
 from hpcdeq.commands import CommandParser
 from hpcdeq.errors import OptionError, suggestion
-from hpcdeq.methods import ADAMW_DECAY, BATCH_SIZE, LEARNING_RATE, MINIBATCH, SCHEDULES, Schedule
+from hpcdeq.methods import (
+    ADAMW_DECAY,
+    BATCH_SIZE,
+    GROWING,
+    LEARNING_RATE,
+    MINIBATCH,
+    SCHEDULES,
+    TORCH_LBFGS,
+    Schedule,
+)
 
 EMBEDDED = "burgers"
 # The embedded problem is for a first look: it ends within a minute on two cores.
@@ -46,7 +55,14 @@ class TrainConfig:
     max_seconds
         Bound on the optimisation's wall time; None: none.
     batch_size, learning_rate
-        Of the methods on minibatches only; None: their defaults.
+        Of the methods on minibatches; None: their defaults. For trgn and lbfgs the batch size is that of the first iteration,
+        which grows by ``batch_growth`` (default 1.1) from one to the next; None: all samples.
+    batch_growth
+        See above.
+    hessian_fraction
+        Part of the samples that the curvature products of TAO's methods are taken on; None: all.
+    curvature
+        ``gauss_newton`` or ``hessian``, for ``tao:TYPE``; None: the method's own.
     schedule, warmup, learning_rate_floor
         How their learning rate changes, as in `hpcdeq.methods.Schedule`; None: its defaults.
     weight_decay
@@ -81,6 +97,9 @@ class TrainConfig:
     max_seconds: float | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
+    batch_growth: float | None = None
+    hessian_fraction: float | None = None
+    curvature: str | None = None
     schedule: str | None = None
     warmup: float | None = None
     learning_rate_floor: float | None = None
@@ -120,8 +139,24 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise OptionError(f"{name} is {getattr(self, name)}: give a finite number that is not negative")
         self.learning_rates()
+        if self.optimizer in MINIBATCH or self.optimizer == TORCH_LBFGS:
+            for name in ("batch_growth", "hessian_fraction", "curvature"):
+                if getattr(self, name) is not None:
+                    raise OptionError(
+                        f"--{name.replace('_', '-')} is an option of TAO's methods: leave it out with {self.optimizer}"
+                    )
+        if self.hessian_fraction is not None and not 0 < self.hessian_fraction <= 1:
+            raise OptionError(f"hessian_fraction is {self.hessian_fraction}: give a number above 0 and at most 1")
+        if self.batch_growth is not None and not (1 <= self.batch_growth < math.inf and self.batch_size is not None):
+            raise OptionError(
+                "batch_growth is a factor of 1 or more from an iteration to the next: give it with batch_size"
+            )
+        if self.curvature not in (None, "gauss_newton", "hessian"):
+            raise OptionError(f"curvature is {self.curvature!r}: choose gauss_newton or hessian")
         if self.optimizer not in MINIBATCH:
             for name in ("batch_size", "learning_rate", "schedule", "warmup", "learning_rate_floor"):
+                if name == "batch_size" and self.optimizer in GROWING:
+                    continue
                 if getattr(self, name) is not None:
                     raise OptionError(
                         f"--{name.replace('_', '-')} is an option of {', '.join(MINIBATCH)}; {self.optimizer} works on all"
@@ -153,7 +188,24 @@ def add_settings(parser: CommandParser) -> None:
     parser.add_argument("--max-iterations", type=int, metavar="N", help="steps; of adam, epochs (default 100)")
     parser.add_argument("--max-seconds", type=float, metavar="S", help="of the optimisation (default: no bound)")
     minibatch = "of " + ", ".join(MINIBATCH)
-    parser.add_argument("--batch-size", type=int, metavar="N", help=f"{minibatch}, over all ranks (default 64)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=f"{minibatch}, over all ranks (default 64); of trgn and lbfgs, the first iteration's (default all)",
+    )
+    parser.add_argument(
+        "--batch-growth",
+        type=float,
+        metavar="G",
+        help="of trgn and lbfgs: factor from an iteration to the next (default 1.1)",
+    )
+    parser.add_argument(
+        "--hessian-fraction", type=float, metavar="F", help="samples that curvature products are taken on (default 1)"
+    )
+    parser.add_argument(
+        "--curvature", metavar="KIND", help="gauss_newton or hessian, for tao:TYPE (default: hessian, brgn's its own)"
+    )
     parser.add_argument("--learning-rate", type=float, metavar="R", help=f"{minibatch}: the largest (default 0.001)")
     parser.add_argument("--schedule", metavar="|".join(SCHEDULES), help="of the learning rate (default cosine)")
     parser.add_argument(

@@ -9,6 +9,7 @@ from hpcdeq.errors import OptionError
 
 MINIBATCH = ("adam", "adamw", "rmsprop")
 TORCH_LBFGS = "torch-lbfgs"
+GROWING = ("trgn", "lbfgs")  # those whose objective may grow from some samples to all
 METHODS = ("trgn", "lbfgs", "newton", *MINIBATCH, TORCH_LBFGS)
 
 # What a comparison tries for a minibatch method: two values a decade around Adam's customary 1e-3, with one beyond what is

@@ -232,7 +232,9 @@ class Training:
         self._say(self._headline())
         absent = missing_classes(self.sets["train"], self.comm)
         if absent:
-            self._say(f"note: no training sample is of class {', '.join(absent)}; the model learns never to answer it\n")
+            self._say(
+                f"note: no training sample is of class {', '.join(absent)}; the model learns never to answer it\n"
+            )
         self.history = HistoryWriter(self.directory.path / "history.csv") if self.directory.writes else None
         try:
             result = minimize(
@@ -242,6 +244,8 @@ class Training:
                 max_seconds=self.config.max_seconds,
                 callback=self._record,
                 minibatch=self._minibatch_settings(),
+                sampling=self._sampling(),
+                curvature=self.config.curvature,
                 raise_on_failure=False,
             )
         except ConvergenceError as error:
@@ -282,6 +286,15 @@ class Training:
         given = {name: getattr(config, name) for name in ("learning_rate", "batch_size", "weight_decay")}
         given = {name: value for name, value in given.items() if value is not None}
         return MinibatchSettings(seed=config.seed, schedule=config.learning_rates(), **given)
+
+    def _sampling(self) -> Any:
+        from hpcdeq.optim.sampling import Sampling
+
+        config = self.config
+        if config.optimizer in MINIBATCH or (config.hessian_fraction is None and config.batch_size is None):
+            return None
+        given = {name: getattr(config, name) for name in ("hessian_fraction", "batch_size", "batch_growth")}
+        return Sampling(seed=config.seed, **{name: value for name, value in given.items() if value is not None})
 
     def _record(self, iterate: Iterate) -> None:
         from hpcdeq import parallel

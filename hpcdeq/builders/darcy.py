@@ -107,7 +107,8 @@ def darcy_family(settings: Darcy, seed: int) -> FieldFamily:
 
     values = "k = 12 or 3" if settings.binary else f"log k of deviation {settings.variation:g}"
     return FieldFamily(
-        f"Darcy flow -div(k grad u) = {settings.source:g} on the unit square, {values} with {settings.modes} x {settings.modes} modes,"
+        f"Darcy flow -div(k grad u) = {settings.source:g} on the unit square, {values} with {settings.modes} x"
+        f" {settings.modes} modes,"
         f" {division * n} x {division * n} finite volumes, seed {seed}",
         sample,
         (n, n),

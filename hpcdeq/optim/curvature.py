@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hpcdeq.errors import OptionError
+from hpcdeq.optim.sampling import Sampling
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.operators import ProductMatrix
 from hpcdeq.problem import TrainingProblem
@@ -23,10 +24,8 @@ class CurvatureMatrix(ProductMatrix):
         Whose curvature it is.
     kind
         ``gauss_newton`` or ``hessian``.
-    fraction
-        Part of the samples, drawn anew at every point, that products are taken on.
-    seed
-        Of that choice.
+    sampling
+        Samples that products are taken on.
 
     Attributes
     ----------
@@ -34,18 +33,20 @@ class CurvatureMatrix(ProductMatrix):
         ``(n,)`` weights that it belongs to; None before the first.
     moves
         How many points there have been.
+    batch
+        Global numbers of the samples of the present iteration; None: all.
     multiple
         Multiple of the identity that TAO has added.
     pairs
         The last products (v, A v, without the multiple), where ``remember`` asked for them.
     """
 
-    def __init__(self, problem: TrainingProblem, kind: str, fraction: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, problem: TrainingProblem, kind: str, sampling: Sampling) -> None:
         super().__init__(self._product)
         self.problem = problem
         self.kind = kind
-        self.fraction = fraction
-        self.seed = seed
+        self.sampling = sampling
+        self.batch: np.ndarray | None = None
         self.point: Tensor | None = None
         self.moves = 0
         self.pairs: deque[tuple[PETSc.Vec, PETSc.Vec]] = deque(maxlen=0)
@@ -55,7 +56,7 @@ class CurvatureMatrix(ProductMatrix):
         """Go to new weights, the same on all ranks. Not collective."""
         self.unshift()
         if self.point is None or not torch.equal(point, self.point):
-            self._rows = self.problem.curvature_rows(self.fraction, self.seed, self.moves)
+            self._rows = self.sampling.curvature(self.problem.dataset.count, self.batch, self.moves)
             self.moves += 1
         self.point = point
 

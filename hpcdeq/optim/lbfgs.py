@@ -63,6 +63,7 @@ class LBFGS:
         iteration, since, length = 0, 0, 0.0
         tell(tao, iteration, f, g.norm(), length)
         while not tao.getConvergedReason():
+            f = refreshed(tao, iteration, f, x, g)
             if since % self.renew == 0:
                 self._renew(tao, x, g, hessian, scratch)
             self._direction(tao, g, direction, scratch)
@@ -120,8 +121,22 @@ def tell(tao: PETSc.TAO, iteration: int, f: float, gradient_norm: float, step: f
     """Tell TAO of an iterate: its monitors, and its tests of convergence. Collective on the TAO."""
     tao.setIterationNumber(iteration)
     tao.monitor(iteration, f, gradient_norm, 0.0, step)
-    if not tao.getConvergedReason():
+    # What is stationary for some of the samples is not for all.
+    if not tao.getConvergedReason() and tao.getHessian()[0].getPythonContext().batch is None:
         tao.setConvergedReason(tao.checkConverged())
+
+
+def refreshed(tao: PETSc.TAO, iteration: int, f: float, x: PETSc.Vec, g: PETSc.Vec) -> float:
+    """Call the TAO's update of an iteration, which may change the objective, and return the loss, with its gradient in g.
+
+    Collective on the TAO.
+    """
+    update = tao.getUpdate()
+    if update is None:
+        return f
+    call, args, keywords = update
+    call(tao, iteration, *args, **keywords)
+    return float(tao.computeObjectiveGradient(x, g))
 
 
 def curvature_along(hessian: PETSc.Mat, g: PETSc.Vec, work: PETSc.Vec) -> float:

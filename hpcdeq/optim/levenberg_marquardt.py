@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from hpcdeq.errors import OptionError
-from hpcdeq.optim.lbfgs import curvature_along, tell
+from hpcdeq.optim.lbfgs import curvature_along, refreshed, tell
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.options import number
 
@@ -83,6 +83,7 @@ class LevenbergMarquardt:
             tell(tao, iteration, f, g.norm(), step)
             if tao.getConvergedReason():
                 return
+            f = refreshed(tao, iteration, f, x, g)
             tao.computeHessian(x, hessian)
             if not scale:
                 scale = curvature_along(hessian, g, work.product)

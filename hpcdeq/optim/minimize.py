@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hpcdeq import parallel
 from hpcdeq.errors import ConvergenceError, DataError, OptionError
-from hpcdeq.methods import METHODS, MINIBATCH, TORCH_LBFGS
+from hpcdeq.methods import GROWING, METHODS, MINIBATCH, TORCH_LBFGS
 from hpcdeq.optim.base import BUDGET, DIVERGED, Callback, Recorder, Result
-from hpcdeq.optim.presets import preset_of, resolved_options
+from hpcdeq.optim.presets import GAUSS_NEWTON, HESSIAN, Preset, preset_of, resolved_options
+from hpcdeq.optim.sampling import Sampling
 from hpcdeq.optim.stochastic import MinibatchRun, MinibatchSettings
 from hpcdeq.optim.tao import TaoRun
 from hpcdeq.optim.torch_lbfgs import TorchLbfgs
@@ -34,6 +35,8 @@ def minimize(
     max_seconds: float | None = None,
     callback: Callback | None = None,
     minibatch: MinibatchSettings | None = None,
+    sampling: Sampling | None = None,
+    curvature: str | None = None,
     raise_on_failure: bool = True,
 ) -> Result:
     """Minimise a training problem.
@@ -59,6 +62,10 @@ def minimize(
         Called with each `Iterate`, on all ranks.
     minibatch
         Settings of the methods on minibatches; only with adam, adamw and rmsprop.
+    sampling
+        Samples of curvature products and first iterations; only with TAO's methods. Growing batches: trgn and lbfgs alone.
+    curvature
+        ``gauss_newton`` or ``hessian``: the matrix that TAO is given as the Hessian, in place of the method's own.
     raise_on_failure
         Whether a diverged run raises or is returned with its status.
 
@@ -73,6 +80,7 @@ def minimize(
     """
     with parallel.agreement(problem.comm):
         _check(problem, method, max_iterations, options, minibatch)
+        preset = _preset(method, sampling, curvature)
     x0 = problem.initial() if initial is None else initial.detach()
     with parallel.agreement(problem.comm):
         _check_initial(problem, x0)
@@ -87,12 +95,12 @@ def minimize(
             result = TorchLbfgs(recorder).minimize(x0, max_iterations)
         else:
             given = resolved_options(method, options)
-            result = TaoRun(recorder, preset_of(method)).minimize(x0, given, max_iterations)
+            result = TaoRun(recorder, preset, sampling).minimize(x0, given, max_iterations)
             if problem.adapting and result.status != BUDGET:
                 # What ended on loose solves is taken up with tight ones: to be confirmed, or to go on.
                 problem.tighten()
                 recorder.offset = result.iterations
-                result = TaoRun(recorder, preset_of(method)).minimize(
+                result = TaoRun(recorder, preset, sampling).minimize(
                     result.x, given, max_iterations - result.iterations
                 )
         if problem.adapting:
@@ -108,6 +116,31 @@ def minimize(
             agreed=True,
         )
     return result
+
+
+def _preset(method: str, sampling: Sampling | None, curvature: str | None) -> Preset:
+    """Return the preset of a method with another curvature, and refuse what it does not take."""
+    preset = preset_of(method)
+    if method in MINIBATCH or method == TORCH_LBFGS:
+        if sampling is not None or curvature is not None:
+            raise OptionError(
+                f"{method} takes no curvature products: leave hessian_fraction, batch_growth and curvature out"
+            )
+        return preset
+    if curvature not in (None, GAUSS_NEWTON, HESSIAN):
+        raise OptionError(f"curvature is {curvature!r}: choose {GAUSS_NEWTON} or {HESSIAN}")
+    if curvature == HESSIAN and method in GROWING:
+        raise OptionError(f"{method} needs a curvature that is never negative: leave curvature out, or use newton")
+    if sampling is not None:
+        if sampling.batch_size is not None and method not in GROWING:
+            raise OptionError(
+                f"growing batches are for {' and '.join(GROWING)}: {method} keeps its objective to the end"
+            )
+        if method == "lbfgs" and sampling.hessian_fraction != 1:
+            raise OptionError("lbfgs takes no curvature products: leave hessian_fraction out")
+        if preset.least_squares and sampling.hessian_fraction != 1:
+            raise OptionError(f"{method} works with all residuals: leave hessian_fraction out")
+    return preset if curvature is None else dataclasses.replace(preset, curvature=curvature)
 
 
 def check_method(problem: TrainingProblem, method: str) -> None:

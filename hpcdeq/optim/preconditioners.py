@@ -54,7 +54,7 @@ class Kronecker:
 
     def _renewed(self, curvature: CurvatureMatrix) -> KroneckerFactors:
         if self._factors is None:
-            self._factors = KroneckerFactors(curvature.problem, self.probes, self.samples, curvature.seed)
+            self._factors = KroneckerFactors(curvature.problem, self.probes, self.samples, curvature.sampling.seed)
         assert curvature.point is not None
         if self._point is not curvature.point:
             if self._point is None or not torch.equal(self._point, curvature.point):
@@ -71,7 +71,9 @@ class GaussNewtonDiagonal(Kronecker):
 
     def _renewed(self, curvature: CurvatureMatrix) -> KroneckerFactors:
         if self._factors is None:
-            self._factors = KroneckerFactors(curvature.problem, self.probes, self.samples, curvature.seed, layers=False)
+            self._factors = KroneckerFactors(
+                curvature.problem, self.probes, self.samples, curvature.sampling.seed, layers=False
+            )
         return super()._renewed(curvature)
 
 

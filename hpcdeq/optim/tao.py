@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from hpcdeq.errors import ConvergenceError, DataError
 from hpcdeq.optim.base import Recorder, Result
 from hpcdeq.optim.curvature import CurvatureMatrix
 from hpcdeq.optim.presets import Preset
+from hpcdeq.optim.sampling import Sampling
 from hpcdeq.optim.stopping import ending_of, status_of, words
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.communicators import anchor
@@ -36,23 +38,26 @@ class TaoRun:
         Takes the iterates, watches the clock.
     preset
         What TAO is given.
-    hessian_fraction
-        Part of the samples, drawn anew at every iterate, that curvature products are taken on.
+    sampling
+        Samples of its products and first iterations; default: all.
     """
 
-    def __init__(self, recorder: Recorder, preset: Preset, hessian_fraction: float = 1.0) -> None:
+    def __init__(self, recorder: Recorder, preset: Preset, sampling: Sampling | None = None) -> None:
         self.recorder = recorder
         self.problem = recorder.problem
         self.layout = self.problem.layout
         self.preset = preset
-        self.hessian_fraction = hessian_fraction
+        self.sampling = sampling or Sampling()
+        self._rows: np.ndarray | None = None
         self.rejected = 0  # trial points of all kinds that no step may end at
         self.infinite = 0  # those of them whose loss or gradient is NaN or infinite
         self._started = False
         self._differentiated = False
         self._worst = 0.0
         self._rejected_at: Tensor | None = None
-        self._valued: tuple[Tensor, float] | None = None  # the last gradient's point and loss: line searches ask again
+        self._valued: tuple[Tensor, float, np.ndarray] | None = (
+            None  # the last gradient, which line searches ask for again
+        )
         self._jacobian_at: Tensor | None = None
 
     def minimize(self, x0: Tensor, options: Mapping[str, Value], max_iterations: int) -> Result:
@@ -74,10 +79,13 @@ class TaoRun:
                 tao.setObjective(self._objective)
                 tao.setObjectiveGradient(self._objective_gradient, g)
                 tao.setGradient(self._gradient, g)
-                self._curvature = CurvatureMatrix(self.problem, self.preset.curvature, self.hessian_fraction)
+                self._curvature = CurvatureMatrix(self.problem, self.preset.curvature, self.sampling)
                 hessian = matrix_of(self._curvature, comm, sizes)
                 tao.setHessian(self._move, hessian)
                 made += [g, hessian]
+                if self.sampling.batch_size is not None:
+                    self._grow(tao, 0)
+                    tao.setUpdate(self._grow)
             tao.setMaximumIterations(max_iterations)
             given = Options("tao_", {name.removeprefix("tao_"): value for name, value in options.items()})
             with given.inserted():
@@ -94,11 +102,25 @@ class TaoRun:
                 thing.destroy()
             PETSc.garbage_cleanup(comm)
             self.problem.forget()
+        last = self.recorder.last
+        if self._rows is not None and last is not None:  # what ended on some samples is told for all of them
+            self._rows = None
+            loss, gradient = self.problem.loss_and_gradient(last.x)
+            self.recorder.last = replace(last, loss=loss, gradient_norm=float(gradient.norm()))
         unreached = self.rejected - self.infinite
         ending = ending_of(self.recorder, reason, unreached=unreached, infinite=self.infinite, gatol=gatol)
         return self.recorder.result(status_of(ending), reason, words(ending), self.rejected)
 
     # ---------------------------------------------------------------------------------------------- callbacks
+
+    def _grow(self, tao: PETSc.TAO, iteration: int) -> None:
+        """Go on to the samples of an iteration."""
+        rows = self.sampling.batch(self.problem.dataset.count, iteration)
+        before = self._rows
+        if (rows is before is None) or (rows is not None and before is not None and np.array_equal(rows, before)):
+            return
+        self._rows = self._curvature.batch = rows
+        self._valued = None
 
     def _gather(self, x: PETSc.Vec) -> Tensor:
         return self.layout.gather(x.getArray(readonly=True))
@@ -108,7 +130,7 @@ class TaoRun:
         if self._valued is not None and torch.equal(self._valued[0], point):
             return self._valued[1]
         try:
-            return self._checked(point, self.problem.loss(point))
+            return self._checked(point, self.problem.loss(point, self._rows))
         except ConvergenceError:
             return self._reject(point)
 
@@ -117,8 +139,12 @@ class TaoRun:
 
     def _objective_gradient(self, tao: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec) -> float:
         point = self._gather(x)
+        if self._valued is not None and torch.equal(self._valued[0], point):
+            with g as values:
+                values[:] = self._valued[2]
+            return self._valued[1]
         try:
-            loss, block = self.problem.owned_loss_and_gradient(point)
+            loss, block = self.problem.owned_loss_and_gradient(point, self._rows)
         except ConvergenceError:
             g.set(0.0)
             return self._reject(point)
@@ -131,7 +157,7 @@ class TaoRun:
             block = np.zeros_like(block)
             value = self._refuse(point) if value == loss else value
         self._differentiated = True
-        self._valued = (point, value)
+        self._valued = (point, value, block)
         with g as values:
             values[:] = block
         return value

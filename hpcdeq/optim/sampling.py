@@ -1,0 +1,86 @@
+"""Which samples the methods on all samples work on, where passes over all of them are too dear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcdeq.errors import OptionError
+
+STREAM = 0x6261  # keeps this choice apart from others that are made with the same seed
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Samples of curvature products and of first iterations.
+
+    Attributes
+    ----------
+    hessian_fraction
+        Part of the samples, drawn anew at every iterate, that curvature products are taken on (Byrd, Chin, Neveitt and
+        Nocedal 2011); loss and gradient stay those of all samples. With 0.1 a product costs a tenth.
+    batch_size
+        Samples of the first iteration; None: all.
+    batch_growth
+        Factor from one iteration to the next (Friedlander and Schmidt 2012, "Hybrid deterministic-stochastic methods for data
+        fitting"): earlier samples stay, so that the last iterations see all of them.
+    seed
+        Of both choices; they do not depend on the number of ranks.
+
+    Raises
+    ------
+    OptionError
+        A number is out of range.
+    """
+
+    hessian_fraction: float = 1.0
+    batch_size: int | None = None
+    batch_growth: float = 1.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.hessian_fraction <= 1:
+            raise OptionError(f"hessian_fraction is {self.hessian_fraction}: give a number above 0 and at most 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise OptionError(f"batch_size is {self.batch_size}: give 1 or more samples")
+        if not self.batch_growth >= 1:
+            raise OptionError(f"batch_growth is {self.batch_growth}: give 1 or more")
+
+    def batch(self, count: int, iteration: int) -> np.ndarray | None:
+        """Return increasing global numbers of the samples of an iteration; None: all.
+
+        Not collective.
+
+        Parameters
+        ----------
+        count
+            Samples that there are.
+        iteration
+            From 0 on.
+        """
+        if self.batch_size is None:
+            return None
+        # Powers of a factor above one leave the range of numbers.
+        size = self.batch_size * min(self.batch_growth ** min(iteration, 10_000), float(count)) if count else 0
+        if size >= count:
+            return None
+        return np.sort(np.random.default_rng([STREAM, self.seed]).permutation(count)[: int(size)])
+
+    def curvature(self, count: int, rows: np.ndarray | None, moves: int) -> np.ndarray | None:
+        """Return increasing global numbers of the samples of an iterate's products; None: all.
+
+        Not collective.
+
+        Parameters
+        ----------
+        rows
+            Samples of the iteration; None: all.
+        moves
+            Iterates so far.
+        """
+        if self.hessian_fraction == 1:
+            return rows
+        among = np.arange(count) if rows is None else rows
+        size = max(1, round(self.hessian_fraction * len(among)))
+        return np.sort(np.random.default_rng([STREAM, self.seed, moves]).choice(among, size, replace=False))
