@@ -231,7 +231,11 @@ PLANTED = {
     "MPI in a function": ("hpcdeq.problem", "def _f():\n    import mpi4py\n", "problem imports mpi4py"),
     "MPI with a command": ("hpcdeq.doctor", "from mpi4py import MPI\n", "doctor imports mpi4py"),
     "petsc4py": ("hpcdeq.deq", "import petsc4py\n", "deq imports petsc4py, which belongs to petsc"),
-    "PETSc": ("hpcdeq.models", "from hpcdeq.petsc import PETSc\n", "models imports hpcdeq.petsc, which belongs to builders"),
+    "PETSc": (
+        "hpcdeq.models",
+        "from hpcdeq.petsc import PETSc\n",
+        "models imports hpcdeq.petsc, which belongs to builders",
+    ),
     "pymatgen": ("hpcdeq.builders", "from pymatgen.core import Structure\n", "imports pymatgen with the module"),
     "a cycle": ("hpcdeq.deq.solver", "def _f():\n    import hpcdeq.deq\n", "import cycle among .*hpcdeq.deq.solver"),
     "no floor": ("hpcdeq.utils", "", "hpcdeq.utils: has no floor"),
@@ -294,7 +298,9 @@ print("HEAVY", sorted({"torch", "petsc4py", "mpi4py", "numpy", "h5py"} & set(sys
 """
 
 
-@pytest.mark.parametrize("module", ["hpcdeq.train", "hpcdeq.prepare", "hpcdeq.doctor", "hpcdeq.study", "hpcdeq.compare"])
+@pytest.mark.parametrize(
+    "module", ["hpcdeq.train", "hpcdeq.prepare", "hpcdeq.doctor", "hpcdeq.study", "hpcdeq.compare"]
+)
 def test_help_needs_nothing_heavy(run: Run, module: str) -> None:
     done = run("-c", f"MODULE = {module!r}\n{HELP}")
     assert done.returncode == 0, done.stderr

@@ -233,6 +233,8 @@ FULL = TrainConfig(
     warmup=0.25,
     learning_rate_floor=0.125,
     weight_decay=1e-300,
+    l1=0.5,
+    jacobian_penalty=0.75,
     seed=11,
     dtype="float32",
     device="cuda",
@@ -243,17 +245,23 @@ FULL = TrainConfig(
     petsc={"deq_snes_monitor": "", "tao_gatol": "1e-8"},
 )
 
+# What goes with methods on all samples only.
+SAMPLED = TrainConfig(
+    optimizer="lbfgs", batch_size=5, batch_growth=1.25, hessian_fraction=0.5, curvature="gauss_newton", adaptive=False
+)
+
 
 @pytest.mark.parametrize(
     "config",
     [
         TrainConfig(),
         FULL,
+        SAMPLED,
         TrainConfig(max_seconds=float("inf")),
         TrainConfig(weight_decay=1 / 3),
         TrainConfig(data="odd \x7f\t name"),
     ],
-    ids=["default", "full", "infinite", "third", "odd"],
+    ids=["default", "full", "sampled", "infinite", "third", "odd"],
 )
 def test_a_configuration_survives_its_file(config: TrainConfig, file: Path) -> None:
     file.write_text(as_toml(config), encoding="utf-8")
@@ -262,7 +270,9 @@ def test_a_configuration_survives_its_file(config: TrainConfig, file: Path) -> N
 
 
 def test_the_full_example_has_no_default_left() -> None:
-    assert [f.name for f in dataclasses.fields(FULL) if getattr(FULL, f.name) == getattr(TrainConfig(), f.name)] == []
+    default = TrainConfig()
+    names = [f.name for f in dataclasses.fields(FULL)]
+    assert [n for n in names if getattr(FULL, n) == getattr(SAMPLED, n) == getattr(default, n)] == []
 
 
 def test_a_saved_run_is_resolved_to_itself(file: Path) -> None:
@@ -330,10 +340,13 @@ def test_whole_numbers_are_numbers_too(file: Path) -> None:
         ({"weight_decay": -0.5}, "^weight_decay is -0.5: give a number that is not negative$"),
         ({"weight_decay": float("nan")}, "^weight_decay is nan: give a number that is not negative$"),
         (
-            {"batch_size": 8},
-            "^--batch-size is an option of adam, adamw, rmsprop; trgn works on all samples at once: .*--optimizer adam$",
+            {"batch_size": 8, "optimizer": "newton"},
+            "^--batch-size is an option of adam, adamw, rmsprop; newton works on all samples at once: .*--optimizer adam$",
         ),
-        ({"learning_rate": 0.1, "optimizer": "lbfgs"}, "^--learning-rate is an option of adam, adamw, rmsprop; lbfgs works on all"),
+        (
+            {"learning_rate": 0.1, "optimizer": "lbfgs"},
+            "^--learning-rate is an option of adam, adamw, rmsprop; lbfgs works on all",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused(settings: dict[str, object], told: str) -> None:

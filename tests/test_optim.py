@@ -99,7 +99,8 @@ def test_iterates_are_emitted_in_order_with_everything_known_of_them(method: str
     if method != "adam":
         for iterate in seen:
             assert iterate.loss == pytest.approx(problem.loss(iterate.x), rel=1e-9)
-    products = {"trgn": "gauss_newton_products", "newton": "hessian_products"}
+    # lbfgs takes one, which sets the scale of its damping.
+    products = {"trgn": "gauss_newton_products", "lbfgs": "gauss_newton_products", "newton": "hessian_products"}
     for name in ("gauss_newton_products", "hessian_products"):
         assert (getattr(result.counts, name) > 0) == (products.get(method) == name)
 

@@ -175,7 +175,7 @@ EXACT = {
     "trgn": {
         "tao_ksp_max_it": 200,
         "tao_ksp_rtol": 1e-14,
-        "tao_lm_progress": 0.0,
+        "tao_lm_overhead": 0.0,
         "tao_lm_damping": 1e-14,
         "tao_lm_damping_min": 1e-14,
     },

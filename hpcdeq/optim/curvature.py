@@ -56,7 +56,8 @@ class CurvatureMatrix(ProductMatrix):
         """Go to new weights, the same on all ranks. Not collective."""
         self.unshift()
         if self.point is None or not torch.equal(point, self.point):
-            self._rows = self.sampling.curvature(self.problem.dataset.count, self.batch, self.moves)
+            sampling = self.sampling
+            self._rows = self.problem.curvature_rows(sampling.hessian_fraction, sampling.seed, self.moves, self.batch)
             self.moves += 1
         self.point = point
 

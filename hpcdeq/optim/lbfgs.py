@@ -16,19 +16,22 @@ from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.options import number
 
 ROUNDING = 1e-14  # relative error of a loss
-INCREASE, DECREASE = 10.0, 2.0  # of the damping, when a line search fails and with every renewal
+LONGEST = 0.1  # of ‖x‖: longer steps leave the region where anything is known of the loss
+INCREASE, DECREASE = 10.0, 4.0  # of the damping, when a line search fails and with every renewal
+EARLY = (2, 5, 10)  # iterations at which the preconditioner is renewed, too: weights change most in the beginning
 
 
 class LBFGS:
     """Context of a TAO of python type. Collective on the TAO, every method.
 
     Options: ``-tao_lbfgs_history`` (20), pairs kept; ``-tao_lbfgs_renew`` (20), iterations after which the preconditioner is
-    renewed; ``-tao_lbfgs_damping`` (1e-4), damping of it after a line search that failed, over the curvature along the gradient.
+    renewed (and early ones); ``-tao_lbfgs_damping`` (1e-2), damping of the first, and of those after a line search that failed,
+    over the curvature along the gradient.
     """
 
     def __init__(self) -> None:
         self.history, self.renew = 20, 20
-        self.first = 1e-4
+        self.first = 1e-2
         self.damping = 0.0
         self.memory = LimitedMemory(self.history)
 
@@ -64,12 +67,15 @@ class LBFGS:
         tell(tao, iteration, f, g.norm(), length)
         while not tao.getConvergedReason():
             f = refreshed(tao, iteration, f, x, g)
-            if since % self.renew == 0:
+            if since % self.renew == 0 or since in EARLY:
                 self._renew(tao, x, g, hessian, scratch)
             self._direction(tao, g, direction, scratch)
             if not g.dot(direction) < 0:
                 self.memory.clear()
                 self._direction(tao, g, direction, scratch)
+            longest = LONGEST * x.norm()
+            if longest > 0 and direction.norm() > longest:
+                direction.scale(longest / direction.norm())
             x.copy(old_x)
             g.copy(old_g)
             search.setInitialStepLength(1.0)
@@ -102,7 +108,8 @@ class LBFGS:
             return
         context = hessian.getPythonContext()
         tao.computeHessian(x, hessian)
-        self.damping /= DECREASE
+        # At first little is known, and steps are long: much damping, which goes as the factors come to fit.
+        self.damping = self.damping / DECREASE or self.first * curvature_along(hessian, g, scratch)
         context.shift(hessian, self.damping)
         ksp = tao.getKSP()
         ksp.setOperators(hessian, hessian)
@@ -121,9 +128,12 @@ def tell(tao: PETSc.TAO, iteration: int, f: float, gradient_norm: float, step: f
     """Tell TAO of an iterate: its monitors, and its tests of convergence. Collective on the TAO."""
     tao.setIterationNumber(iteration)
     tao.monitor(iteration, f, gradient_norm, 0.0, step)
-    # What is stationary for some of the samples is not for all.
-    if not tao.getConvergedReason() and tao.getHessian()[0].getPythonContext().batch is None:
+    if tao.getConvergedReason():
+        return
+    if tao.getHessian()[0].getPythonContext().batch is None:
         tao.setConvergedReason(tao.checkConverged())
+    elif iteration >= tao.getMaximumIterations():  # what is stationary for some of the samples is not for all
+        tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_MAXITS)
 
 
 def refreshed(tao: PETSc.TAO, iteration: int, f: float, x: PETSc.Vec, g: PETSc.Vec) -> float:

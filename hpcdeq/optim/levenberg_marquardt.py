@@ -20,6 +20,7 @@ GOOD, POOR = 0.75, 0.25  # ratios of decreases beyond which the damping changes
 BACKTRACKS = 4  # halvings of a step before its system is solved anew with more damping
 ATTEMPTS = 12
 SUFFICIENT = 1e-4  # of the decrease that the slope promises (Armijo)
+WINDOW = 3  # products over which their yield is averaged
 FAILED = 4.0  # factor on the damping after a step without decrease
 
 
@@ -28,8 +29,9 @@ class LevenbergMarquardt:
 
     Options: ``-tao_lm_damping`` (1e-2), the first λ over the curvature along the gradient; ``-tao_lm_damping_min`` (1e-12), the
     least; ``-tao_lm_decrease`` (2) and ``-tao_lm_increase`` (3), by which good steps divide and poor ones multiply it;
-    ``-tao_lm_reuse`` (true), whether inner solves go on from the last step; ``-tao_lm_progress`` (1e-2), the relative decrease
-    of the model that an inner iteration has to bring (0 leaves it to ``-tao_ksp_rtol`` and ``-tao_ksp_max_it``).
+    ``-tao_lm_reuse`` (true), whether inner solves go on from the last step; ``-tao_lm_overhead`` (5), cost of an
+    iterate besides its products, in products, by which inner solves know when a new iterate pays more (0: they go on to
+    ``-tao_ksp_rtol`` or ``-tao_ksp_max_it``).
 
     Attributes
     ----------
@@ -43,7 +45,7 @@ class LevenbergMarquardt:
         self.first, self.least = 1e-2, 1e-12
         self.decrease, self.increase = 2.0, 3.0
         self.reuse = True
-        self.progress = 1e-2
+        self.overhead = 5.0
         self.damping = 0.0
         self.radius: float | None = None
 
@@ -56,7 +58,7 @@ class LevenbergMarquardt:
         self.decrease = float(number(options, "tao_lm_decrease", self.decrease))
         self.increase = float(number(options, "tao_lm_increase", self.increase))
         self.reuse = options.getBool("tao_lm_reuse", self.reuse)
-        self.progress = float(number(options, "tao_lm_progress", self.progress))
+        self.overhead = float(number(options, "tao_lm_overhead", self.overhead))
         if not (self.first > 0 and self.least > 0 and self.decrease >= 1 and self.increase > 1):
             raise OptionError(
                 "-tao_lm_damping and -tao_lm_damping_min are above 0, -tao_lm_decrease is 1 or more, -tao_lm_increase more than 1"
@@ -167,8 +169,8 @@ class LevenbergMarquardt:
                 left = self._natural_norm(ksp, right, work)
                 asked = min(0.9, rtol * whole / left) if left > 0 else 0.9
         ksp.setTolerances(asked, *others)
-        if self.progress:
-            ksp.setConvergenceTest(Progress(right, -model, self.progress))
+        if self.overhead:
+            ksp.setConvergenceTest(Progress(right, -model, self.overhead))
         ksp.solve(right, work.step)
         ksp.setTolerances(rtol, *others)
         # A conjugate-gradient residual is orthogonal to the solution: the model falls by half their product.
@@ -182,10 +184,11 @@ class LevenbergMarquardt:
 
 
 class Progress:
-    """Ends conjugate gradients that have met their tolerance, or whose last steps lowered the model too little to pay.
+    """Ends conjugate gradients that have met their tolerance, or whose next product pays less than a new iterate.
 
-    Martens 2010, section 4.4: with q the model's decrease after i steps, they end where (qᵢ - qᵢ₋ₖ) / qᵢ < k ε,
-    k = max(10, i / 10).
+    An iterate costs what comes before its first product (gradient, factors) and its products. Products are worth their cost
+    as long as the model's decrease by the last ones, per product, is more than its whole decrease over the whole cost: the
+    marginal value theorem (Charnov 1976), which maximises the decrease over the cost.
 
     Parameters
     ----------
@@ -193,12 +196,12 @@ class Progress:
         Right-hand side.
     before
         The model's decrease of the initial guess.
-    least
-        ε.
+    overhead
+        Cost of an iterate besides its products, in products.
     """
 
-    def __init__(self, right: PETSc.Vec, before: float, least: float) -> None:
-        self.right, self.least = right, least
+    def __init__(self, right: PETSc.Vec, before: float, overhead: float) -> None:
+        self.right, self.overhead = right, overhead
         self.decreases = [before]
         self.first = 0.0
 
@@ -214,10 +217,11 @@ class Progress:
             return reasons.DIVERGED_NANORINF
         if norm <= max(rtol * self.first, atol):
             return reasons.CONVERGED_RTOL
-        k = max(10, iteration // 10)
         last = self.decreases[-1]
-        if iteration > k and last - self.decreases[iteration - k] < k * self.least * last:
-            return reasons.CONVERGED_STEP_LENGTH
+        if iteration > WINDOW:
+            rate = (last - self.decreases[iteration - WINDOW]) / WINDOW
+            if rate < last / (self.overhead + iteration):
+                return reasons.CONVERGED_STEP_LENGTH
         return reasons.DIVERGED_MAX_IT if iteration >= most else None
 
 

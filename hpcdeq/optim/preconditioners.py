@@ -21,7 +21,7 @@ class Kronecker:
 
     Collective on the preconditioner, every method. They are renewed with every iterate, and damped by the multiple of the
     identity that the optimiser adds to the matrix, at least by ``-pc_kronecker_damping`` (1e-6) times their largest eigenvalue.
-    ``-pc_kronecker_probes`` (6) random probes are taken of ``-pc_kronecker_samples`` (512) samples.
+    ``-pc_kronecker_probes`` (3) random probes are taken of ``-pc_kronecker_samples`` (128) samples.
     """
 
     def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,26 +62,8 @@ class Sampling:
         """
         if self.batch_size is None:
             return None
-        # Powers of a factor above one leave the range of numbers.
-        size = self.batch_size * min(self.batch_growth ** min(iteration, 10_000), float(count)) if count else 0
-        if size >= count:
+        # By logarithms: powers leave the range of numbers.
+        if math.log(self.batch_size) + iteration * math.log(self.batch_growth) >= math.log(max(count, 1)):
             return None
-        return np.sort(np.random.default_rng([STREAM, self.seed]).permutation(count)[: int(size)])
-
-    def curvature(self, count: int, rows: np.ndarray | None, moves: int) -> np.ndarray | None:
-        """Return increasing global numbers of the samples of an iterate's products; None: all.
-
-        Not collective.
-
-        Parameters
-        ----------
-        rows
-            Samples of the iteration; None: all.
-        moves
-            Iterates so far.
-        """
-        if self.hessian_fraction == 1:
-            return rows
-        among = np.arange(count) if rows is None else rows
-        size = max(1, round(self.hessian_fraction * len(among)))
-        return np.sort(np.random.default_rng([STREAM, self.seed, moves]).choice(among, size, replace=False))
+        size = int(self.batch_size * self.batch_growth**iteration)
+        return np.sort(np.random.default_rng([STREAM, self.seed]).permutation(count)[:size])

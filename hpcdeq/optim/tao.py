@@ -89,7 +89,7 @@ class TaoRun:
             tao.setMaximumIterations(max_iterations)
             given = Options("tao_", {name.removeprefix("tao_"): value for name, value in options.items()})
             with given.inserted():
-                tao.setFromOptions()
+                reraise(tao.setFromOptions)
                 # brgn leaves its iterations to a solver inside, which knows nothing of a monitor set from Python.
                 (tao.getBRGNSubsolver() if tao.getType() == "brgn" else tao).setMonitor(self._monitor)
                 reraise(tao.solve)

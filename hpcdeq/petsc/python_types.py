@@ -62,7 +62,7 @@ OPTIONS = frozenset(
         "-tao_lm_increase",
         "-tao_lm_decrease",
         "-tao_lm_reuse",
-        "-tao_lm_progress",
+        "-tao_lm_overhead",
         # petsc4py reads these, not PETSc's library.
         "-snes_python_type",
         "-ksp_python_type",

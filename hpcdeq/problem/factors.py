@@ -15,8 +15,8 @@ from hpcdeq.problem.phases import FACTORS
 from hpcdeq.problem.recording import EMBEDDING, KINDS, SPECTRAL
 from hpcdeq.problem.training import TrainingProblem
 
-PROBES = 6
-SAMPLES = 512
+PROBES = 3
+SAMPLES = 128
 # Random subsets of samples and probes change from iterate to iterate, the matrix less: this much of the last factors stays.
 MEMORY = 0.5
 

@@ -26,6 +26,7 @@ from hpcdeq.problem.phases import RECORD, REDUCTION, Phases
 from hpcdeq.problem.terms import L2, Term, sorted_terms
 from hpcdeq.problem.visits import MASK, Visits
 
+Rows = np.ndarray | None  # global numbers of samples; None: all
 CHUNK_SIZE = 512
 # Keeps the samples of curvature products independent of what else is drawn with the same seed: a minibatch, say.
 CURVATURE_STREAM = 0x6375_7276
@@ -201,7 +202,7 @@ class TrainingProblem:
         own, size = self._product(p, v, curvature, rows)
         return self.layout.scatter_sum(own) / size + self._block(self.weight_terms.product(p, v, curvature))
 
-    def curvature_rows(self, fraction: float, seed: int, iteration: int) -> np.ndarray | None:
+    def curvature_rows(self, fraction: float, seed: int, iteration: int, among: Rows = None) -> Rows:
         """Choose samples to take curvature products on: a fresh choice in every iteration.
 
         Not collective: the choice depends on the arguments alone, and is the same on any number of ranks. Every sample is
@@ -214,11 +215,13 @@ class TrainingProblem:
             Of all samples, above 0 and at most 1; at least one sample is chosen.
         seed, iteration
             What the choice depends on.
+        among
+            Global numbers to choose from; None: all.
 
         Returns
         -------
         rows
-            Increasing global numbers, for `owned_product`; None, which stands for all samples, with a fraction of 1.
+            Increasing global numbers, for `owned_product`; None stands for all.
 
         Raises
         ------
@@ -227,11 +230,10 @@ class TrainingProblem:
         """
         if not 0 < fraction <= 1:
             raise OptionError(f"a fraction of {fraction} of the samples: give a number above 0 and at most 1")
-        size = max(1, round(fraction * self.dataset.count))
-        if size == self.dataset.count:
-            return None
+        count = self.dataset.count if among is None else len(among)
+        size = max(1, round(fraction * count))
         drawn = np.random.default_rng([CURVATURE_STREAM, seed, iteration])
-        return np.sort(drawn.choice(self.dataset.count, size, replace=False))
+        return among if size == count else np.sort(drawn.choice(count if among is None else among, size, replace=False))
 
     # ----------------------------------------------------------------------------------------------- accuracy
 
