@@ -30,24 +30,29 @@ class Block:
     shape
         Whose it is.
     given, probed
-        A and G, ``(batch, inputs, inputs)`` and ``(batch, outputs, outputs)``.
+        A and G, ``(batch, inputs, inputs)`` and ``(batch, outputs, outputs)``, in double precision.
+    dtype
+        Precision in which they are applied: the model's.
     """
 
     shape: Shape
     given: Tensor
     probed: Tensor
+    dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        a, self._left = torch.linalg.eigh(self.given)
-        g, self._right = torch.linalg.eigh(self.probed)
+        a, left = torch.linalg.eigh(self.given)
+        g, right = torch.linalg.eigh(self.probed)
+        kind = self.dtype.to_complex() if self.shape.is_complex else self.dtype
+        self._left, self._right = left.to(kind), right.to(kind)
         # A complex number is two real ones, among which its variance is shared.
         share = 0.5 if self.shape.is_complex else 1.0
         self.values = share * a.clamp(min=0)[:, :, None] * g.clamp(min=0)[:, None, :]
 
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """Return (A ⊗ G + damping I)⁻¹ v for ``(batch, inputs, outputs)`` numbers. Not collective."""
-        inner = self._left.mH @ v.to(self._left) @ self._right.conj()
-        return self._left @ (inner / (self.values + damping)) @ self._right.mT
+        inner = self._left.mH @ v @ self._right.conj()
+        return self._left @ (inner / (self.values + damping).to(self.dtype)) @ self._right.mT
 
 
 class KroneckerFactors:
@@ -113,13 +118,13 @@ class KroneckerFactors:
     def solve(self, v: Tensor, damping: float) -> np.ndarray:
         """Return this rank's block of (K + damping I)⁻¹ v, v ``(n,)`` the same on all ranks."""
         layout = self.problem.layout
-        v = v.double().cpu()
-        out = torch.zeros(layout.count, dtype=torch.float64)
+        v = v.to("cpu", layout.dtype)
+        out = torch.zeros(layout.count, dtype=layout.dtype)
         for block in self.blocks:
             self._put(out, block.shape, block.solve(self._take(v, block.shape), damping))
         own = layout.scatter_sum(out)
         rest = ~self._covered[layout.owned]
-        own[rest] = v[layout.owned].numpy()[rest] / (self.diagonal[layout.owned][rest] + damping)
+        own[rest] = v[layout.owned].double().numpy()[rest] / (self.diagonal[layout.owned][rest] + damping)
         return own
 
     # ---------------------------------------------------------------------------------------------------- sums
@@ -168,7 +173,7 @@ class KroneckerFactors:
             if last is not None:
                 given = MEMORY * last.given + (1 - MEMORY) * given
                 probed = MEMORY * last.probed + (1 - MEMORY) * probed
-            self.blocks.append(Block(shape, given, probed))
+            self.blocks.append(Block(shape, given, probed, self.problem.layout.dtype))
 
     def _reduce_diagonal(self, sums: Sums, shapes: list[Shape], count: float) -> None:
         """Sum up the diagonal, and smooth what few probes say of one number by its tensor's mean."""
