@@ -149,7 +149,7 @@ def test_phases_make_up_the_time_of_a_run(method: str, comm: parallel.Comm, monk
 
 def test_an_explicit_network_s_run_is_told_too() -> None:
     problem = serial(explicit_model(), "cross_entropy")
-    minimize(problem, "lbfgs", max_iterations=3)
+    minimize(problem, "tao:lmvm", max_iterations=3)
     times = problem.phases.over_ranks(parallel.SELF)
     assert set(times) <= set(PHASES) and "tangent" not in times
     assert describe_phases(times).lstrip().startswith("time ")

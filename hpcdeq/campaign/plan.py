@@ -161,7 +161,12 @@ def plan_variants(
     kinds = {variant.label: variant.config.optimizer for variant in found}
     for setting, value in base.items():
         if not any(_takes(kind, setting, value) for kind in kinds.values()):
-            TrainConfig(**{setting: value, "optimizer": next(iter(kinds.values()))})  # raises, saying why
+            kind = next(iter(kinds.values()))
+            TrainConfig(**{setting: value, "optimizer": kind})  # raises, saying why
+            raise OptionError(
+                f"--{setting.replace('_', '-')} is an option of {', '.join(MINIBATCH)} when it is given to all: for the first,"
+                f" growing batch of a method say --set {kind}:{setting}={value}"
+            )
     if rates and not any(variant.rates for variant in found):
         told = ", ".join(MINIBATCH)
         raise OptionError(f"--learning-rates is for {told}, and none of them is compared without a rate of its own")
@@ -200,7 +205,12 @@ def _merged(settings: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, A
 
 
 def _takes(kind: str, setting: str, value: Any) -> bool:
-    """Say whether an optimizer has a setting, with this value."""
+    """Say whether an optimizer takes a setting that is given to all, with this value.
+
+    A common batch size is meant for minibatches; that of a growing batch is given to its method.
+    """
+    if setting == "batch_size" and kind not in MINIBATCH:
+        return False
     try:
         TrainConfig(**{"optimizer": kind, setting: value})
     except OptionError:

@@ -47,7 +47,7 @@ class Kronecker:
         """Set y = (K + damping I)⁻¹ x."""
         curvature = curvature_of(pc)
         factors = self._renewed(curvature)
-        damping = max(curvature.multiple, self.damping * factors.largest, 1e-300)
+        damping = max(curvature.multiple, self.damping * factors.largest, 1e-300) + factors.of_weights
         own = factors.solve(curvature.problem.layout.gather(x.getArray(readonly=True)), damping)
         with y as values:
             values[:] = own

@@ -63,7 +63,7 @@ class KroneckerFactors:
     Parameters
     ----------
     problem
-        Whose matrix it is. Terms without samples (weight decay) are left out: the damping takes their place.
+        Whose matrix it is.
     probes, samples
         Random probes a sample, and number of samples (chosen anew at each update) that factors are made of.
     seed
@@ -75,6 +75,9 @@ class KroneckerFactors:
     ----------
     largest
         Largest eigenvalue.
+    of_weights
+        Curvature of the terms of the weights alone (weight decay), their mean over the weights: they are no part of the
+        factors, and a multiple of the identity or nearly so.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class KroneckerFactors:
         self.samples = samples
         self.seed = seed
         self.largest = 0.0
+        self.of_weights = 0.0
         self.blocks: list[Block] = []
         self.diagonal = np.zeros(0)
         self._updates = 0
@@ -113,6 +117,8 @@ class KroneckerFactors:
             self._reduce_diagonal(sums, shapes, float(count))
             own_largest = max((float(block.values.max()) for block in self.blocks), default=0.0)
             self.largest = parallel.max_over_ranks(problem.comm, max(own_largest, self.diagonal.max(initial=0.0)))
+            diagonal = problem.weight_terms.product(p, torch.ones_like(p), "gauss_newton")
+            self.of_weights = float(torch.as_tensor(diagonal, dtype=torch.float64).mean())
             self._updates += 1
 
     def solve(self, v: Tensor, damping: float) -> np.ndarray:
