@@ -275,7 +275,7 @@ def test_weights_of_all_sizes(method: str, comm: parallel.Comm) -> None:
     one = minimize(serial(Mixed(), "mse"), method, 3, raise_on_failure=False)
     many = minimize(distributed(Mixed(), "mse", comm), method, 3, raise_on_failure=False)
     assert one.x.numel() == 14 and one.loss < one.history[0][2]
-    torch.testing.assert_close(many.x, one.x, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(many.x, one.x, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parallel([3])

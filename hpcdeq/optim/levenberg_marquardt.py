@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from hpcdeq.errors import OptionError
-from hpcdeq.optim.lbfgs import curvature_along, refreshed, tell
+from hpcdeq.optim.lbfgs import ROUNDING, curvature_along, refreshed, tell
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.options import number
 
@@ -126,7 +126,7 @@ class LevenbergMarquardt:
             self.damping /= self.decrease
         elif not ratio >= POOR:
             self.damping *= self.increase
-        if value <= f + SUFFICIENT * slope and self._better(value, f, g, work):
+        if self._better(value, f, SUFFICIENT * slope, g, work):
             return float(value)
         for halving in range(1, BACKTRACKS + 1):
             part = 0.5**halving
@@ -134,14 +134,16 @@ class LevenbergMarquardt:
             value = tao.computeObjective(work.trial)
             if value <= f + SUFFICIENT * part * slope:
                 value = tao.computeObjectiveGradient(work.trial, work.trial_gradient)
-                if self._better(value, f, g, work):
+                if self._better(value, f, SUFFICIENT * part * slope, g, work):
                     work.step.scale(part)
                     return float(value)
         return None
 
-    def _better(self, value: float, f: float, g: PETSc.Vec, work: _Vectors) -> bool:
-        """Say whether the loss has fallen, or, where rounding hides that, at least the gradient."""
-        return value < f or (value == f and work.trial_gradient.norm() < g.norm())
+    def _better(self, value: float, f: float, least: float, g: PETSc.Vec, work: _Vectors) -> bool:
+        """Say whether the loss has fallen enough, or, where rounding hides a decrease of its size, at least the gradient."""
+        if abs(least) > ROUNDING * abs(f):
+            return value <= f + least
+        return value <= f + ROUNDING * abs(f) and work.trial_gradient.norm() < g.norm()
 
     def _solve_for_step(self, tao: PETSc.TAO, g: PETSc.Vec, hessian: PETSc.Mat, work: _Vectors) -> float:
         """Solve (B + λ I) s = -g inexactly from the best multiple of the last step; return the model's change g·s + s·B s / 2."""

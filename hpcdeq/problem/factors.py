@@ -182,16 +182,22 @@ class KroneckerFactors:
             self.blocks.append(Block(shape, given, probed, self.problem.layout.dtype))
 
     def _reduce_diagonal(self, sums: Sums, shapes: list[Shape], count: float) -> None:
-        """Sum up the diagonal, and smooth what few probes say of one number by its tensor's mean."""
+        """Find the diagonal of what has no factors, and smooth what few probes say of one number by its tensor's mean."""
+        layout = self.problem.layout
         self._covered[:] = False
         for shape in shapes:
             for number in (shape.weight, shape.bias):
                 if number is not None:
                     self._covered[self._starts[number] : self._starts[number + 1]] = True
-        means = [np.full(len(s), 0.5 * float(s.mean())) + 0.5 * s.numpy() for s in sums.squares]
-        diagonal = parallel.sum_over_ranks(self.problem.comm, np.concatenate(means)) / (count * self.probes)
+        gradients = sums.gradients.numpy()[:, ~self._covered]
+        total = parallel.sum_over_ranks(self.problem.comm, gradients.ravel()).reshape(gradients.shape)
+        found = np.zeros(layout.count)
+        found[~self._covered] = (total * total).mean(axis=0) / count
+        for start, length in zip(self._starts, layout.lengths, strict=False):
+            part = found[start : start + length]
+            part[:] = 0.5 * part + 0.5 * (part.mean() if length else 0.0)
         last = self.diagonal
-        self.diagonal = MEMORY * last + (1 - MEMORY) * diagonal if len(last) else diagonal
+        self.diagonal = MEMORY * last + (1 - MEMORY) * found if len(last) else found
 
     # ------------------------------------------------------------------------------------------------- vectors
 

@@ -80,16 +80,22 @@ class Sums:
 
     Parameters
     ----------
-    lengths
-        Numbers in each parameter.
+    probes, count
+        Number of probes, and of weights.
+
+    Attributes
+    ----------
+    gradients
+        ``(probes, count)`` derivatives of each probe of all samples: the mean of their squares is the diagonal. Squares of
+        parts would depend on how the samples are shared out.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, probes: int, count: int) -> None:
         self.shapes: dict[int, Shape] = {}
         self.given: dict[int, Tensor] = {}
         self.probed: dict[int, Tensor] = {}
         self.places: dict[int, float] = {}
-        self.squares = [torch.zeros(n, dtype=torch.float64) for n in lengths]
+        self.gradients = torch.zeros(probes, count, dtype=torch.float64)
 
     def add(self, shape: Shape, given: Tensor | None, probed: Tensor, places: float) -> None:
         """Add to the sums of a weight; ``given`` is None where it was added with another probe. Not collective."""
@@ -199,7 +205,7 @@ def local_sums(
     layout, loss, visits = problem.layout, problem.loss_function, problem.visits
     pieces = layout.unflatten(p)
     observed = _Observed(problem.model)
-    sums = Sums(layout.lengths)
+    sums = Sums(probes, layout.count)
 
     def compute(inputs: Any, targets: Tensor, ids: Sequence[int]) -> int:
         weights = leaves(pieces)
@@ -227,9 +233,7 @@ def local_sums(
                 for call, derivative in pairs:
                     if derivative is not None:
                         add_call(sums, call, shape_of(call, weights[call.weight]), derivative, first=k == 0)
-                for square, part in zip(sums.squares, found[len(watch.outer) :], strict=True):
-                    if part is not None:
-                        square += part.detach().double().cpu().reshape(-1).square()
+                sums.gradients[k] += layout.flatten(found[len(watch.outer) :]).double().cpu()
 
         with problem.phases.of(FACTORS):
             functional_call(observed, dict(zip(names, weights, strict=True)), (inputs, then))
