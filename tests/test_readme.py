@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""What the README and the page on choosing show runs as it stands there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from conftest import ROOT, Run
 
 from hpcdeq.optim.presets import preset_of
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text() + (ROOT / "docs" / "choosing.md").read_text()
 
 
 def test_the_python_example_runs(run: Run, tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_the_python_example_runs(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_options_that_it_names_exist(run: Run) -> None:
-    commands = (["train"], ["prepare", "crystals"], ["study", "crossover"])
+    commands = (["train"], ["compare"], ["prepare", "crystals"], ["prepare", "burgers"], ["study", "crossover"])
     known = "".join(run("-m", f"hpcdeq.{name}", *kind, "--help").stdout for name, *kind in commands)
     known += (ROOT / "scripts" / "bench_solves.py").read_text()
     for option in sorted(set(re.findall(r"--[a-z][a-z-]+", README))):
@@ -38,5 +38,5 @@ def test_the_optimizers_that_it_names_exist(name: str) -> None:
 
 
 def test_the_files_that_it_names_exist() -> None:
-    for name in re.findall(r"`((?:hpcdeq|scripts|tests)/[\w./]+)`", README):
+    for name in re.findall(r"`((?:hpcdeq|scripts|tests|docs)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name
