@@ -54,7 +54,7 @@ def lbfgs(data: str, iterations: int, table: list[dict]) -> None:
     for name, kept in (("neither", False), ("warm starts, adaptive", True)):
         problem = problem_on(data, "graph_deq", {}, "cross_entropy", warm_start=kept, adaptive=kept)
         began = time.perf_counter()
-        result = hpcdeq.minimize(problem, "lbfgs", iterations)
+        result = hpcdeq.minimize(problem, "tao:lmvm", iterations, {"tao_lmvm_mat_lmvm_hist_size": 20})
         seconds = time.perf_counter() - began
         count = problem.dataset.count
         evaluations, products = result.counts.cell_evaluations / count, result.counts.cell_vjps / count

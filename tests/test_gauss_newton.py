@@ -261,3 +261,34 @@ def test_options_of_the_methods_are_checked(method: str, option: str) -> None:
     problem, _ = make()
     with pytest.raises(OptionError, match=option):
         hpcdeq.minimize(problem, method, 1, {option: 0})
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "none"])
+def test_a_line_search_that_fails_ends_in_words(kind: str) -> None:
+    """A gradient that is wrong from some way on: a few steps are taken, and then none lowers the loss."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.sign = -1.0 if x.mean() > 0.5 else 1.0
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return ctx.sign * g
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Wrong.apply(self.map(x))
+
+    x = torch.randn(20, 3, dtype=torch.float64)
+    problem = hpcdeq.TrainingProblem(
+        Model(), (x, torch.ones(20, 2, dtype=torch.float64)), loss="mse", comm=parallel.SELF
+    )
+    result = hpcdeq.minimize(problem, "lbfgs", 50, {"tao_pc_type": kind}, raise_on_failure=False)
+    assert (result.status, result.reason) == ("diverged", "DIVERGED_LS_FAILURE")
+    assert result.iterations > 0 and result.loss < result.history[0][2]

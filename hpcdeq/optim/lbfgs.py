@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 
 from hpcdeq.errors import OptionError
+from hpcdeq.optim.iterating import ROUNDING, curvature_along, options_of, refreshed, tell
 from hpcdeq.optim.limited_memory import LimitedMemory
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.options import number
 
-ROUNDING = 1e-14  # relative error of a loss
 LONGEST = 0.1  # of ‖x‖: longer steps leave the region where anything is known of the loss
 INCREASE, DECREASE = 10.0, 4.0  # of the damping, when a line search fails and with every renewal
 EARLY = (2, 5, 10)  # iterations at which the preconditioner is renewed, too: weights change most in the beginning
@@ -37,9 +37,7 @@ class LBFGS:
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:  # noqa: N802 (petsc4py's name)
         """Read the options."""
-        prefix = tao.getOptionsPrefix() or ""
-        tao.getKSP().setOptionsPrefix(prefix + "tao_")  # PETSc leaves it without
-        options = PETSc.Options(prefix)
+        options = options_of(tao)
         self.history = int(number(options, "tao_lbfgs_history", self.history))
         self.renew = int(number(options, "tao_lbfgs_renew", self.renew))
         self.first = float(number(options, "tao_lbfgs_damping", self.first))
@@ -64,11 +62,13 @@ class LBFGS:
         search, searches = tao.getLineSearch(), PETSc.TAOLineSearch.ConvergedReason
         f = tao.computeObjectiveGradient(x, g)
         iteration, since, length = 0, 0, 0.0
+        failed = False
         tell(tao, iteration, f, g.norm(), length)
         while not tao.getConvergedReason():
             f = refreshed(tao, iteration, f, x, g)
             if since % self.renew == 0 or since in EARLY:
-                self._renew(tao, x, g, hessian, scratch)
+                self._renew(tao, x, g, hessian, scratch, failed=failed)
+                failed = False
             self._direction(tao, g, direction, scratch)
             if not g.dot(direction) < 0:
                 self.memory.clear()
@@ -91,8 +91,7 @@ class LBFGS:
                     return
                 # Once more from the preconditioner alone, renewed and damped more.
                 self.memory.clear()
-                self.damping = max(INCREASE * self.damping, self.first * curvature_along(hessian, g, scratch))
-                since = 0
+                since, failed = 0, True
                 continue
             f = value
             iteration, since = iteration + 1, since + 1
@@ -102,15 +101,18 @@ class LBFGS:
             self.memory.add(s, y)
             tell(tao, iteration, f, g.norm(), length)
 
-    def _renew(self, tao: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec, hessian: PETSc.Mat, scratch: PETSc.Vec) -> None:
-        """Move the preconditioner to the present weights."""
+    def _renew(
+        self, tao: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec, hessian: PETSc.Mat, scratch: PETSc.Vec, *, failed: bool
+    ) -> None:
+        """Move the preconditioner to the present weights; ``failed``: because a line search did."""
         if tao.getKSP().getPC().getType() == PETSc.PC.Type.NONE:
             return
-        context = hessian.getPythonContext()
         tao.computeHessian(x, hessian)
         # At first little is known, and steps are long: much damping, which goes as the factors come to fit.
+        if failed:
+            self.damping = max(INCREASE * self.damping, self.first * curvature_along(hessian, g, scratch))
         self.damping = self.damping / DECREASE or self.first * curvature_along(hessian, g, scratch)
-        context.shift(hessian, self.damping)
+        hessian.getPythonContext().shift(hessian, self.damping)
         ksp = tao.getKSP()
         ksp.setOperators(hessian, hessian)
         ksp.setUp()
@@ -122,35 +124,3 @@ class LBFGS:
         self.memory.apply(g, direction, scratch, None if alone else pc.apply)
         first = alone and not self.memory.pairs
         direction.scale(-1 / max(1.0, direction.norm()) if first else -1.0)
-
-
-def tell(tao: PETSc.TAO, iteration: int, f: float, gradient_norm: float, step: float) -> None:
-    """Tell TAO of an iterate: its monitors, and its tests of convergence. Collective on the TAO."""
-    tao.setIterationNumber(iteration)
-    tao.monitor(iteration, f, gradient_norm, 0.0, step)
-    if tao.getConvergedReason():
-        return
-    if tao.getHessian()[0].getPythonContext().batch is None:
-        tao.setConvergedReason(tao.checkConverged())
-    elif iteration >= tao.getMaximumIterations():  # what is stationary for some of the samples is not for all
-        tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_MAXITS)
-
-
-def refreshed(tao: PETSc.TAO, iteration: int, f: float, x: PETSc.Vec, g: PETSc.Vec) -> float:
-    """Call the TAO's update of an iteration, which may change the objective, and return the loss, with its gradient in g.
-
-    Collective on the TAO.
-    """
-    update = tao.getUpdate()
-    if update is None:
-        return f
-    call, args, keywords = update
-    call(tao, iteration, *args, **keywords)
-    return float(tao.computeObjectiveGradient(x, g))
-
-
-def curvature_along(hessian: PETSc.Mat, g: PETSc.Vec, work: PETSc.Vec) -> float:
-    """Return g·B g / g·g, 1 where that is no positive number. Collective on the matrix."""
-    hessian.mult(g, work)
-    curvature, square = g.dot(work), g.dot(g)
-    return curvature / square if curvature > 0 and math.isfinite(curvature) else 1.0

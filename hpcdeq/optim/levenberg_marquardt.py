@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from hpcdeq.errors import OptionError
-from hpcdeq.optim.lbfgs import ROUNDING, curvature_along, refreshed, tell
+from hpcdeq.optim.iterating import ROUNDING, curvature_along, options_of, refreshed, tell
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.options import number
 
@@ -51,8 +51,7 @@ class LevenbergMarquardt:
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:  # noqa: N802 (petsc4py's name)
         """Read the options."""
-        tao.getKSP().setOptionsPrefix((tao.getOptionsPrefix() or "") + "tao_")  # PETSc leaves it without
-        options = PETSc.Options(tao.getOptionsPrefix() or "")
+        options = options_of(tao)
         self.first = float(number(options, "tao_lm_damping", self.first))
         self.least = float(number(options, "tao_lm_damping_min", self.least))
         self.decrease = float(number(options, "tao_lm_decrease", self.decrease))

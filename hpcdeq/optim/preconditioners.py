@@ -24,6 +24,8 @@ class Kronecker:
     ``-pc_kronecker_probes`` (3) random probes are taken of ``-pc_kronecker_samples`` (128) samples.
     """
 
+    LAYERS = True  # False: the diagonal alone
+
     def __init__(self) -> None:
         self.damping = DAMPING
         self.probes, self.samples = PROBES, SAMPLES
@@ -54,7 +56,9 @@ class Kronecker:
 
     def _renewed(self, curvature: CurvatureMatrix) -> KroneckerFactors:
         if self._factors is None:
-            self._factors = KroneckerFactors(curvature.problem, self.probes, self.samples, curvature.sampling.seed)
+            self._factors = KroneckerFactors(
+                curvature.problem, self.probes, self.samples, curvature.sampling.seed, layers=self.LAYERS
+            )
         assert curvature.point is not None
         if self._point is not curvature.point:
             if self._point is None or not torch.equal(self._point, curvature.point):
@@ -69,12 +73,7 @@ class GaussNewtonDiagonal(Kronecker):
     Collective on the preconditioner, every method. Options as in `Kronecker`.
     """
 
-    def _renewed(self, curvature: CurvatureMatrix) -> KroneckerFactors:
-        if self._factors is None:
-            self._factors = KroneckerFactors(
-                curvature.problem, self.probes, self.samples, curvature.sampling.seed, layers=False
-            )
-        return super()._renewed(curvature)
+    LAYERS = False
 
 
 class InnerLBFGS(Kronecker):

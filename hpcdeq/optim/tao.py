@@ -49,6 +49,7 @@ class TaoRun:
         self.preset = preset
         self.sampling = sampling or Sampling()
         self._rows: np.ndarray | None = None
+        self._curvature: CurvatureMatrix | None = None
         self.rejected = 0  # trial points of all kinds that no step may end at
         self.infinite = 0  # those of them whose loss or gradient is NaN or infinite
         self._started = False
@@ -98,6 +99,8 @@ class TaoRun:
             gatol = tao.getTolerances()[0]
         finally:
             tao.destroy()
+            if self._curvature is not None:
+                self._curvature.forget()
             for thing in made:
                 thing.destroy()
             PETSc.garbage_cleanup(comm)
@@ -119,6 +122,7 @@ class TaoRun:
         before = self._rows
         if (rows is before is None) or (rows is not None and before is not None and np.array_equal(rows, before)):
             return
+        assert self._curvature is not None
         self._rows = self._curvature.batch = rows
         self._valued = None
 
@@ -193,6 +197,7 @@ class TaoRun:
         return min(WALL * max(self._worst, 1e-300), float(np.finfo(float).max))
 
     def _move(self, tao: PETSc.TAO, x: PETSc.Vec, hessian: PETSc.Mat, _: PETSc.Mat) -> None:
+        assert self._curvature is not None
         self._curvature.move(self._gather(x))
 
     def _monitor(self, tao: PETSc.TAO) -> None:

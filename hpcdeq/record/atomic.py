@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what to say of one that cannot be written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from hpcdeq.errors import HpcdeqError
 
 
 @contextlib.contextmanager
@@ -23,6 +25,11 @@ def replaced(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     _synchronise(path.parent)
+
+
+def cannot_write(path: Path, error: OSError) -> HpcdeqError:
+    """Return the error for a file that cannot be written. Not collective."""
+    return HpcdeqError(f"cannot write {path}: {error.strerror}; is the disk or the quota full?")
 
 
 def _synchronise(path: Path) -> None:

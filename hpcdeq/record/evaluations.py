@@ -7,8 +7,8 @@ import math
 import os
 from pathlib import Path
 
-from hpcdeq.errors import HpcdeqError
 from hpcdeq.problem.training import Evaluation
+from hpcdeq.record.atomic import cannot_write
 
 # The row is that of history.csv, from 0.
 EVALUATION_COLUMNS = ("row", "train_loss", "train_metric", "test_loss", "test_metric")
@@ -47,7 +47,7 @@ class EvaluationWriter:
             with self.path.open(mode, newline="", encoding="utf-8") as file:
                 csv.writer(file, lineterminator="\n").writerow(fields)
         except OSError as error:
-            raise HpcdeqError(f"cannot write {self.path}: {error.strerror}; is the disk or the quota full?") from error
+            raise cannot_write(self.path, error) from error
 
 
 class Spacing:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from hpcdeq import parallel
-from hpcdeq.errors import HpcdeqError, UsageError
+from hpcdeq.errors import UsageError
 from hpcdeq.optim.base import Iterate, Result
 from hpcdeq.problem.counts import Counts, FixedPointStatistics
 from hpcdeq.problem.training import Evaluation
-from hpcdeq.record.atomic import replaced
+from hpcdeq.record.atomic import cannot_write, replaced
 
 HISTORY_COLUMNS = (
     "iteration",
@@ -100,7 +100,7 @@ class RunDirectory:
             with replaced(self.path / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise _cannot_write(self.path / name, error) from error
+            raise cannot_write(self.path / name, error) from error
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a JSON file like `write_text`; NaN and infinity become null. Not collective."""
@@ -116,10 +116,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value
-
-
-def _cannot_write(path: Path, error: OSError) -> HpcdeqError:
-    return HpcdeqError(f"cannot write {path}: {error.strerror}; is the disk or the quota full?")
 
 
 class HistoryWriter:
@@ -143,7 +139,7 @@ class HistoryWriter:
         try:
             self._file = self.path.open("w", newline="", encoding="utf-8")
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         self._rows = csv.writer(self._file, lineterminator="\n")
         self._append(HISTORY_COLUMNS)
 
@@ -205,7 +201,7 @@ class HistoryWriter:
             self._rows.writerow(fields)
             self._file.flush()
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
 
 
 def _field(value: float | None) -> str:
