@@ -3,7 +3,7 @@
     python scripts/bench_lbfgs.py --out lbfgs.csv
 
 Two networks (a perceptron and a DeepONet, about 18,000 weights each) learn Burgers' equation, initial condition to solution,
-on the training rows of 2,000 samples; float64, one thread, one rank, the last 20 steps remembered. Four ways take turns from
+on the training rows of 5,000 samples (those of scripts/study_pde.sh); float64, one thread, one rank, the last 20 steps remembered. Four ways take turns from
 the same weights: a plain loop of torch (module, closure, torch.optim.LBFGS with strong_wolfe in one call), the same
 optimiser through `minimize(..., "torch-lbfgs")`, TAO's as it is (`tao:lmvm`), and the preset `lbfgs` with its own settings.
 hpcdeq works in chunks of samples (``--chunk-size``), torch's loop on all at once. Seconds are of iterations after the first
@@ -28,7 +28,7 @@ import hpcdeq
 from hpcdeq.builders.fields import prepare_burgers
 from hpcdeq.parallel import SELF
 
-HISTORY, SAMPLES = 20, 2000
+HISTORY, SAMPLES = 20, 5000
 Turn = tuple[float, int, float]  # seconds of the iterations, evaluations in them, last loss
 
 
@@ -71,9 +71,9 @@ def through_hpcdeq(name: str, method: str, inputs: Tensor, targets: Tensor, iter
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=40, metavar="N", help="of a turn (default 40)")
-    parser.add_argument("--turns", type=int, default=7, metavar="N", help="of each way (default 7)")
-    parser.add_argument("--chunk-size", type=int, default=512, metavar="N", help="of hpcdeq (default 512, its own)")
+    parser.add_argument("--iterations", type=int, default=300, metavar="N", help="of a turn (default 300)")
+    parser.add_argument("--turns", type=int, default=5, metavar="N", help="of each way (default 5)")
+    parser.add_argument("--chunk-size", type=int, default=1024, metavar="N", help="of hpcdeq (default 1024)")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write the table there")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -43,28 +43,32 @@ def spd(seed: int) -> np.ndarray:
 
 @pytest.mark.parallel([1, 2, 3])
 @pytest.mark.parametrize("first", [None, "diagonal"])
-def test_limited_memory_is_the_inverse_bfgs_update(first: str | None) -> None:
+@pytest.mark.parametrize("renewed", [False, True])
+def test_limited_memory_is_the_inverse_bfgs_update(first: str | None, renewed: bool) -> None:
     """Against the dense product form H ← (I - ρ s yᵀ) H (I - ρ y sᵀ) + ρ s sᵀ of the pairs that are kept."""
     rng, a = np.random.default_rng(0), spd(1)
     memory = LimitedMemory(4)
     pairs = [(s, a @ s) for s in rng.standard_normal((6, N))]
-    for s, y in pairs:
-        memory.add(vector(s), vector(y))
-    flat = rng.standard_normal(N)
-    memory.add(vector(flat), vector(-flat))  # no positive curvature: left out
     d = np.linspace(1, 3, N)
-    s, y = pairs[-1]
     base = np.diag(1 / d) if first else np.eye(N)
+    for s, y in pairs:
+        memory.add(vector(s), vector(y), vector(y if renewed else base @ y))
+    flat = rng.standard_normal(N)
+    memory.add(vector(flat), vector(-flat), vector(flat))  # no positive curvature: left out
+    if renewed:
+        scaling = vector(1 / d if first else np.ones(N))
+        memory.renew(3, lambda v, w: w.pointwiseMult(scaling, v))
+    s, y = pairs[-1]
     h = base * ((s @ y) / (y @ base @ y))
-    for s, y in pairs[-4:]:
+    kept = 3 if renewed else 4
+    for s, y in pairs[-kept:]:
         rho = 1 / (s @ y)
         left = np.eye(N) - rho * np.outer(s, y)
         h = left @ h @ left.T + rho * np.outer(s, s)
     x = rng.standard_normal(N)
-    out, work = vector(x * 0), vector(x * 0)
-    scaling = vector(1 / d)
-    memory.apply(vector(x), out, work, (lambda v, w: w.pointwiseMult(scaling, v)) if first else None)
-    assert len(memory.pairs) == 4
+    out = vector(x * 0)
+    memory.apply(vector(x), vector(base @ x), out)
+    assert len(memory.pairs) == kept
     np.testing.assert_allclose(whole(out), h @ x, rtol=1e-10)
     memory.clear()
     assert not memory.pairs

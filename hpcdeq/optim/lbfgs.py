@@ -1,9 +1,10 @@
 """L-BFGS whose initial matrix is a preconditioner, as a TAO type: ``-tao_type lbfgs``.
 
-Nocedal 1980 (two-loop recursion) with TAO's line searches (Moré-Thuente, which meets the strong Wolfe conditions, unless
-``-tao_ls_type`` says otherwise). The initial inverse is what ``-tao_pc_type`` names: Kronecker factors of the Gauss-Newton
-matrix know the curvature of every layer, and the pairs correct them along the steps taken. TAO's own lmvm takes such a matrix
-too, but loses it with the first line search that fails (its fallback clears it), and no viewer can save its memory.
+Liu and Nocedal 1989, the memory in its compact form (`hpcdeq.optim.limited_memory`), with TAO's line searches (Moré-Thuente,
+which meets the strong Wolfe conditions, unless ``-tao_ls_type`` says otherwise). The initial inverse is what ``-tao_pc_type``
+names: Kronecker factors of the Gauss-Newton matrix know the curvature of every layer, and the pairs correct them along the
+steps taken. TAO's own lmvm takes such a matrix too, but loses it with the first line search that fails (its fallback clears
+it), and no viewer can save its memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hpcdeq.petsc.options import number
 
 LONGEST = 0.1  # of ‖x‖: longer steps leave the region where anything is known of the loss
 INCREASE, DECREASE = 10.0, 4.0  # of the damping, when a line search fails and with every renewal
+KEPT = 5  # pairs that go on when the preconditioner is renewed, which has to be applied to each of them
 EARLY = (2, 5, 10)  # iterations at which the preconditioner is renewed, too: weights change most in the beginning
 
 
@@ -49,7 +51,7 @@ class LBFGS:
         """Minimise."""
         x, g = tao.getSolution(), tao.getGradient()[0]
         hessian = tao.getHessian()[0]
-        work = [x.duplicate() for _ in range(4)]
+        work = [x.duplicate() for _ in range(5)]
         try:
             self._iterate(tao, x, g, hessian, work)
         finally:
@@ -58,7 +60,7 @@ class LBFGS:
                 vector.destroy()
 
     def _iterate(self, tao: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec, hessian: PETSc.Mat, work: list[PETSc.Vec]) -> None:
-        direction, scratch, old_x, old_g = work
+        direction, old_x, old_g, hg, old_hg = work
         search, searches = tao.getLineSearch(), PETSc.TAOLineSearch.ConvergedReason
         f = tao.computeObjectiveGradient(x, g)
         iteration, since, length = 0, 0, 0.0
@@ -66,13 +68,13 @@ class LBFGS:
         tell(tao, iteration, f, g.norm(), length)
         while not tao.getConvergedReason():
             f = refreshed(tao, iteration, f, x, g)
-            if since % self.renew == 0 or since in EARLY:
-                self._renew(tao, x, g, hessian, scratch, failed=failed)
+            if since in EARLY or since % self.renew == 0:
+                self._renew(tao, x, g, hessian, hg, failed=failed)
+                self._initial(tao, g, hg)
                 failed = False
-            self._direction(tao, g, direction, scratch)
-            if not g.dot(direction) < 0:
-                self.memory.clear()
-                self._direction(tao, g, direction, scratch)
+            elif tao.getUpdate() is not None:  # the gradient is of other samples than the last
+                self._initial(tao, g, hg)
+            self._direct(tao, g, hg, direction)
             longest = LONGEST * x.norm()
             if longest > 0 and direction.norm() > longest:
                 direction.scale(longest / direction.norm())
@@ -95,17 +97,16 @@ class LBFGS:
                 continue
             f = value
             iteration, since = iteration + 1, since + 1
-            s, y = x.copy(), g.copy()
-            s.axpy(-1.0, old_x)
-            y.axpy(-1.0, old_g)
-            self.memory.add(s, y)
+            hg.copy(old_hg)
+            self._initial(tao, g, hg)
+            self.memory.add(*(new - old for new, old in ((x, old_x), (g, old_g), (hg, old_hg))))
             tell(tao, iteration, f, g.norm(), length)
 
     def _renew(
         self, tao: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec, hessian: PETSc.Mat, scratch: PETSc.Vec, *, failed: bool
     ) -> None:
         """Move the preconditioner to the present weights; ``failed``: because a line search did."""
-        if tao.getKSP().getPC().getType() == PETSc.PC.Type.NONE:
+        if _alone(tao):
             return
         tao.computeHessian(x, hessian)
         # At first little is known, and steps are long: much damping, which goes as the factors come to fit.
@@ -116,11 +117,24 @@ class LBFGS:
         ksp = tao.getKSP()
         ksp.setOperators(hessian, hessian)
         ksp.setUp()
+        self.memory.renew(KEPT, lambda a, b: self._initial(tao, a, b))
 
-    def _direction(self, tao: PETSc.TAO, g: PETSc.Vec, direction: PETSc.Vec, scratch: PETSc.Vec) -> None:
-        """Set the direction to -H g."""
-        pc = tao.getKSP().getPC()
-        alone = pc.getType() == PETSc.PC.Type.NONE
-        self.memory.apply(g, direction, scratch, None if alone else pc.apply)
-        first = alone and not self.memory.pairs
+    def _direct(self, tao: PETSc.TAO, g: PETSc.Vec, hg: PETSc.Vec, direction: PETSc.Vec) -> None:
+        """Set the direction to -H g, downhill."""
+        self.memory.apply(g, hg, direction)
+        if not g.dot(direction) > 0:
+            self.memory.clear()
+            hg.copy(direction)
+        first = _alone(tao) and not self.memory.pairs
         direction.scale(-1 / max(1.0, direction.norm()) if first else -1.0)
+
+    def _initial(self, tao: PETSc.TAO, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        """Set y = H₀ x."""
+        if _alone(tao):
+            x.copy(y)
+        else:
+            tao.getKSP().getPC().apply(x, y)
+
+
+def _alone(tao: PETSc.TAO) -> bool:
+    return bool(tao.getKSP().getPC().getType() == PETSc.PC.Type.NONE)

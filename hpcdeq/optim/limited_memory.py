@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 from hpcdeq.petsc import PETSc
 
@@ -14,15 +15,24 @@ Inverse = Callable[[PETSc.Vec, PETSc.Vec], None]
 
 @dataclass
 class Pair:
-    """A step s and the change y of the gradient along it, distributed like the weights, and 1 / s·y."""
+    """A step s, the change y of the gradient along it, and the initial inverse times y; distributed like the weights."""
 
     s: PETSc.Vec
     y: PETSc.Vec
-    inverse: float
+    hy: PETSc.Vec
+
+    def destroy(self) -> None:
+        """Free the vectors."""
+        for vector in (self.s, self.y, self.hy):
+            vector.destroy()
 
 
 class LimitedMemory:
-    """Quasi-Newton inverse of the last pairs (Nocedal 1980, "Updating quasi-Newton matrices with limited storage").
+    """Quasi-Newton inverse of the last pairs, in the compact form of the BFGS formula.
+
+    Byrd, Nocedal and Schnabel 1994 ("Representations of quasi-Newton matrices and their use in limited memory methods"),
+    equation 3.1. It gives what the two-loop recursion does (Nocedal 1980), with two reductions over the ranks for a new pair
+    and one for a product, where the recursion has two a pair; and as H₀ y of each pair is kept, a product takes H₀ once.
 
     Collective on the vectors' comm, every method.
 
@@ -34,57 +44,69 @@ class LimitedMemory:
 
     def __init__(self, history: int) -> None:
         self.history = history
-        self.pairs: deque[Pair] = deque()
+        self.pairs: list[Pair] = []
+        self._sy = np.zeros((0, 0))  # sᵢ·yⱼ
+        self._yhy = np.zeros((0, 0))  # yᵢ·H₀yⱼ
 
-    def add(self, s: PETSc.Vec, y: PETSc.Vec) -> None:
-        """Take over a pair, unless the curvature along s is not clearly positive."""
-        product = s.dot(y)
-        if not product > CURVED * s.norm() * y.norm():
-            s.destroy()
-            y.destroy()
+    def add(self, s: PETSc.Vec, y: PETSc.Vec, hy: PETSc.Vec) -> None:
+        """Take over a pair and H₀ y, unless the curvature along s is not clearly positive."""
+        pair = Pair(s, y, hy)
+        if not s.dot(y) > CURVED * s.norm() * y.norm():
+            pair.destroy()
             return
-        self.pairs.append(Pair(s, y, 1 / product))
-        if len(self.pairs) > self.history:
-            self._free(self.pairs.popleft())
+        self._keep(self.history - 1)
+        self.pairs.append(pair)
+        steps, changes = self._products(y)
+        self._sy, self._yhy = np.pad(self._sy, (0, 1)), np.pad(self._yhy, (0, 1))
+        self._sy[:, -1] = steps
+        self._yhy[:, -1] = self._yhy[-1] = changes
 
-    def apply(self, x: PETSc.Vec, y: PETSc.Vec, work: PETSc.Vec, first: Inverse | None) -> None:
-        """Set y = H x by the two-loop recursion.
+    def apply(self, x: PETSc.Vec, hx: PETSc.Vec, y: PETSc.Vec) -> None:
+        """Set y = H x.
 
         Parameters
         ----------
-        work
-            A vector to work in; neither x nor y.
-        first
-            ``first(x, y)`` sets y to the initial inverse times x; None: the identity. It is multiplied with the number
-            that fits the last pair (Oren and Luenberger 1974), so that steps of length one are nearly always taken.
+        x, hx
+            A vector, and H₀ x. H₀ is multiplied with the number that fits the last pair (Oren and Luenberger 1974), so that
+            steps of length one are nearly always taken.
+        y
+            None of the two.
         """
-        x.copy(work)
-        weights = []
-        for pair in reversed(self.pairs):
-            weights.append(pair.inverse * pair.s.dot(work))
-            work.axpy(-weights[-1], pair.y)
-        scale = 1.0
-        if self.pairs:
-            last = self.pairs[-1]
-            if first is None:
-                scale = 1 / (last.inverse * last.y.dot(last.y))
-            else:
-                first(last.y, y)
-                scale = 1 / (last.inverse * last.y.dot(y))
-        if first is None:
-            work.copy(y)
-        else:
-            first(work, y)
+        hx.copy(y)
+        if not self.pairs:
+            return
+        steps, changes = self._products(x)
+        scale = self._sy[-1, -1] / self._yhy[-1, -1]
+        upper = np.triu(self._sy)
+        back = np.linalg.solve(upper, steps)
+        forth = np.linalg.solve(upper.T, np.diag(self._sy) * back - scale * (changes - self._yhy @ back))
         y.scale(scale)
-        for pair, weight in zip(self.pairs, reversed(weights), strict=True):
-            y.axpy(weight - pair.inverse * pair.y.dot(y), pair.s)
+        y.maxpy(np.concatenate([forth, -scale * back]), self._vectors())
+
+    def renew(self, kept: int, first: Inverse) -> None:
+        """Go on with the last pairs from another initial inverse: ``first(x, y)`` sets y = H₀ x."""
+        self._keep(kept)
+        for pair in self.pairs:
+            first(pair.y, pair.hy)
+        for i, pair in enumerate(self.pairs):
+            self._yhy[:, i] = self._products(pair.y)[1]
 
     def clear(self) -> None:
         """Forget all pairs."""
-        while self.pairs:
-            self._free(self.pairs.popleft())
+        self._keep(0)
 
-    @staticmethod
-    def _free(pair: Pair) -> None:
-        pair.s.destroy()
-        pair.y.destroy()
+    def _keep(self, count: int) -> None:
+        """Forget all pairs but the last."""
+        gone = max(len(self.pairs) - count, 0)
+        for pair in self.pairs[:gone]:
+            pair.destroy()
+        self.pairs = self.pairs[gone:]
+        self._sy, self._yhy = self._sy[gone:, gone:], self._yhy[gone:, gone:]
+
+    def _vectors(self) -> list[PETSc.Vec]:
+        return [pair.s for pair in self.pairs] + [pair.hy for pair in self.pairs]
+
+    def _products(self, x: PETSc.Vec) -> tuple[np.ndarray, np.ndarray]:
+        """Return sᵢ·x and H₀yᵢ·x."""
+        found = np.asarray(x.mDot(self._vectors()))
+        return found[: len(self.pairs)], found[len(self.pairs) :]

@@ -89,7 +89,7 @@ class InnerLBFGS(Kronecker):
         self.history = 20
         self._memory = LimitedMemory(self.history)
         self._moves = -1
-        self._work: PETSc.Vec | None = None
+        self._initial: PETSc.Vec | None = None
 
     def setFromOptions(self, pc: PETSc.PC) -> None:  # noqa: N802 (petsc4py's name)
         """Read the options."""
@@ -111,17 +111,20 @@ class InnerLBFGS(Kronecker):
             while curvature.pairs:
                 v, product = curvature.pairs.popleft()
                 product.axpy(curvature.multiple, v)
-                self._memory.add(v, product)
+                initial = product.duplicate()
+                super().apply(pc, product, initial)
+                self._memory.add(v, product, initial)
 
     def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """Set y = H x."""
-        if self._work is None:
-            self._work = x.duplicate()
-        self._memory.apply(x, y, self._work, lambda a, b: Kronecker.apply(self, pc, a, b))
+        if self._initial is None:
+            self._initial = x.duplicate()
+        super().apply(pc, x, self._initial)
+        self._memory.apply(x, self._initial, y)
 
     def destroy(self, pc: PETSc.PC) -> None:
         """Free the memory."""
         self._memory.clear()
-        if self._work is not None:
-            self._work.destroy()
-            self._work = None
+        if self._initial is not None:
+            self._initial.destroy()
+            self._initial = None

@@ -48,11 +48,14 @@ class Block:
         # A complex number is two real ones, among which its variance is shared.
         share = 0.5 if self.shape.is_complex else 1.0
         self.values = share * a.clamp(min=0)[:, :, None] * g.clamp(min=0)[:, None, :]
+        self._inverse = (0.0, self.values)
 
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """Return (A ⊗ G + damping I)⁻¹ v for ``(batch, inputs, outputs)`` numbers. Not collective."""
+        if self._inverse[0] != damping:
+            self._inverse = (damping, (self.values + damping).reciprocal().to(self.dtype))
         inner = self._left.mH @ v @ self._right.conj()
-        return self._left @ (inner / (self.values + damping).to(self.dtype)) @ self._right.mT
+        return self._left @ (inner * self._inverse[1]) @ self._right.mT
 
 
 class KroneckerFactors:

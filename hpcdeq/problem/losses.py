@@ -130,7 +130,7 @@ class MeanSquare(Loss):
             )
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return 0.5 * (outputs - targets).square().sum() / per_sample(outputs)
+        return functional.mse_loss(outputs, targets, reduction="sum") * (0.5 / per_sample(outputs))
 
     def curvature(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         return tangent / per_sample(outputs)
