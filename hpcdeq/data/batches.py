@@ -10,6 +10,8 @@ import torch
 
 from hpcdeq.data.graphs import GraphArrays, Rows
 
+NONE = torch.zeros(0, dtype=torch.int64)  # not given
+
 
 @dataclass(frozen=True)
 class GraphBatch:
@@ -30,6 +32,10 @@ class GraphBatch:
         ``(n,)`` int64, non-decreasing: the sample that each node belongs to.
     num_graphs
         Number of samples ``b``.
+    edge_bond
+        ``(E,)`` int64, numbers in `hpcdeq.data.graphs.BONDS`; zeros unless given.
+    formal_charge
+        ``(n,)`` int64; zeros unless given.
     """
 
     atomic_number: torch.Tensor
@@ -38,6 +44,15 @@ class GraphBatch:
     edge_vector: torch.Tensor
     node_graph: torch.Tensor
     num_graphs: int
+    edge_bond: torch.Tensor = NONE
+    formal_charge: torch.Tensor = NONE
+
+    def __post_init__(self) -> None:
+        """Fill in zeros for what is not given."""
+        if self.edge_bond is NONE:
+            object.__setattr__(self, "edge_bond", torch.zeros_like(self.edge_source))
+        if self.formal_charge is NONE:
+            object.__setattr__(self, "formal_charge", torch.zeros_like(self.atomic_number))
 
     def __len__(self) -> int:
         """Return the number of samples. Not collective."""
@@ -60,6 +75,8 @@ class GraphBatch:
             self.edge_vector.to(device=device, dtype=dtype),
             self.node_graph.to(device=device),
             self.num_graphs,
+            self.edge_bond.to(device=device),
+            self.formal_charge.to(device=device),
         )
 
 
@@ -126,6 +143,8 @@ def graph_batch(graphs: GraphArrays, rows: RowsLike, dtype: torch.dtype = torch.
         torch.from_numpy(picked.edge_vector).to(dtype),
         torch.from_numpy(np.repeat(np.arange(len(picked)), nodes)),
         len(picked),
+        torch.from_numpy(picked.edge_bond.astype(np.int64)),
+        torch.from_numpy(picked.formal_charge.astype(np.int64)),
     )
 
 
@@ -148,6 +167,8 @@ def graph_arrays(batch: GraphBatch) -> GraphArrays:
         source[order] - first_node,
         target[order] - first_node,
         batch.edge_vector.detach().cpu().numpy()[order],
+        batch.edge_bond.cpu().numpy()[order],
+        batch.formal_charge.cpu().numpy(),
     )
 
 

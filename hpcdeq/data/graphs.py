@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 Rows = slice | np.ndarray
+
+
+NONE = np.zeros(0)  # not given
+# What stands in a file and in memory with one row a node or an edge, and of which type; bonds and charges are zero where
+# a file has none.
+NODE_FIELDS = {"atomic_number": np.uint8, "formal_charge": np.int8}
+EDGE_FIELDS = {"edge_source": np.int32, "edge_target": np.int32, "edge_vector": np.float64, "edge_bond": np.uint8}
+BONDS = ("none", "single", "double", "triple", "aromatic")  # edge_bond by number
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,10 @@ class GraphArrays:
         ``(E,)`` integers, numbers of nodes within the sample.
     edge_vector
         ``(E, 3)`` Å, position of the neighbour's periodic image minus position of the target.
+    edge_bond
+        ``(E,)`` integers, numbers in `BONDS`; by default zeros.
+    formal_charge
+        ``(n,)`` integers, elementary charges; by default zeros.
     """
 
     node_offset: np.ndarray
@@ -35,6 +47,15 @@ class GraphArrays:
     edge_source: np.ndarray
     edge_target: np.ndarray
     edge_vector: np.ndarray
+    edge_bond: np.ndarray = field(default_factory=lambda: NONE)
+    formal_charge: np.ndarray = field(default_factory=lambda: NONE)
+
+    def __post_init__(self) -> None:
+        """Fill in zeros for what is not given."""
+        if self.edge_bond is NONE:
+            object.__setattr__(self, "edge_bond", np.zeros(len(self.edge_source), EDGE_FIELDS["edge_bond"]))
+        if self.formal_charge is NONE:
+            object.__setattr__(self, "formal_charge", np.zeros(len(self.atomic_number), NODE_FIELDS["formal_charge"]))
 
     def __len__(self) -> int:
         """Return the number of samples. Not collective."""
@@ -53,27 +74,21 @@ class GraphArrays:
         rows = np.arange(len(self))[rows]  # negative numbers, masks and numbers out of range are numpy's to judge
         node_offset, nodes = _gather(self.node_offset, rows)
         edge_offset, edges = _gather(self.edge_offset, rows)
-        return GraphArrays(
-            node_offset,
-            self.atomic_number[nodes],
-            edge_offset,
-            self.edge_source[edges],
-            self.edge_target[edges],
-            self.edge_vector[edges],
-        )
+        return self._picked(node_offset, nodes, edge_offset, edges)
 
     def _range(self, start: int, stop: int) -> GraphArrays:
         node_offset = self.node_offset[start : stop + 1]
         edge_offset = self.edge_offset[start : stop + 1]
         nodes = slice(node_offset[0], node_offset[-1])
         edges = slice(edge_offset[0], edge_offset[-1])
+        return self._picked(node_offset - node_offset[0], nodes, edge_offset - edge_offset[0], edges)
+
+    def _picked(self, node_offset: np.ndarray, nodes: Rows, edge_offset: np.ndarray, edges: Rows) -> GraphArrays:
         return GraphArrays(
-            node_offset - node_offset[0],
-            self.atomic_number[nodes],
-            edge_offset - edge_offset[0],
-            self.edge_source[edges],
-            self.edge_target[edges],
-            self.edge_vector[edges],
+            node_offset=node_offset,
+            edge_offset=edge_offset,
+            **{name: getattr(self, name)[nodes] for name in NODE_FIELDS},
+            **{name: getattr(self, name)[edges] for name in EDGE_FIELDS},
         )
 
 
@@ -100,12 +115,9 @@ def join_graphs(parts: Sequence[GraphArrays]) -> GraphArrays:
     if len(parts) < 2:
         return parts[0] if parts else no_graphs()
     return GraphArrays(
-        _join_offsets([part.node_offset for part in parts]),
-        np.concatenate([part.atomic_number for part in parts]),
-        _join_offsets([part.edge_offset for part in parts]),
-        np.concatenate([part.edge_source for part in parts]),
-        np.concatenate([part.edge_target for part in parts]),
-        np.concatenate([part.edge_vector for part in parts]),
+        node_offset=_join_offsets([part.node_offset for part in parts]),
+        edge_offset=_join_offsets([part.edge_offset for part in parts]),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in (*NODE_FIELDS, *EDGE_FIELDS)},
     )
 
 

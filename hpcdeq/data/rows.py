@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpcdeq.data.graphs import GraphArrays, Rows, join_graphs, no_graphs
+from hpcdeq.data.graphs import BONDS, GraphArrays, Rows, join_graphs, no_graphs
 from hpcdeq.data.schema import REMEDY, Schema, reading
 from hpcdeq.errors import DataError
 
@@ -89,6 +89,8 @@ def read_rows(path: Path, file: h5py.File, schema: Schema, start: int, stop: int
         _slab(path, file, "/graph/edge_source", *edges),
         _slab(path, file, "/graph/edge_target", *edges),
         _slab(path, file, "/graph/edge_vector", *edges).astype(np.float64, copy=False),
+        **{name: _slab(path, file, f"/graph/{name}", *edges) for name in ("edge_bond",) if name in file["/graph"]},
+        **{name: _slab(path, file, f"/graph/{name}", *nodes) for name in ("formal_charge",) if name in file["/graph"]},
     )
     return SampleRows(ids, targets, graphs)
 
@@ -146,6 +148,8 @@ def check_rows(source: object, schema: Schema, rows: SampleRows, numbers: np.nda
     nodes = np.repeat(np.diff(graphs.node_offset), np.diff(graphs.edge_offset))
     for name, ends in (("edge_source", graphs.edge_source), ("edge_target", graphs.edge_target)):
         _refuse(source, f"/graph/{name}", (ends < 0) | (ends >= nodes), ends, edge_row, "no node of its own graph")
+    unknown = graphs.edge_bond >= len(BONDS)
+    _refuse(source, "/graph/edge_bond", unknown, graphs.edge_bond, edge_row, f"not 0 to {len(BONDS) - 1}")
     _refuse(source, "/graph/edge_vector", ~np.isfinite(graphs.edge_vector), graphs.edge_vector, edge_row, "not finite")
 
 

@@ -199,6 +199,10 @@ def _check_datasets(path: Path, file: h5py.File, schema: Schema) -> None:
     _check_shape(path, file, "/graph/edge_source", "iu", (edges,))
     _check_shape(path, file, "/graph/edge_target", "iu", (edges,))
     _check_shape(path, file, "/graph/edge_vector", "f", (edges, 3))
+    # Files of structures alone may lack what only molecules have.
+    for name, rows in (("/graph/edge_bond", edges), ("/graph/formal_charge", nodes)):
+        if name in file:
+            _check_shape(path, file, name, "iu", (rows,))
 
 
 def _check_shape(path: Path, file: h5py.File, name: str, kinds: str, shape: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpcdeq.data.graphs import GraphArrays
+from hpcdeq.data.graphs import BONDS, EDGE_FIELDS, NODE_FIELDS, GraphArrays
 from hpcdeq.data.rows import SampleRows, check_rows
 from hpcdeq.data.schema import FORMAT, SPLITS, VERSION, Schema
 from hpcdeq.errors import DataError
@@ -134,7 +134,7 @@ class DatasetWriter:
             nodes, edges = file["/graph/atomic_number"].shape[0], file["/graph/edge_source"].shape[0]
             self._extend("/graph/node_offset", graphs.node_offset[1:] + nodes)
             self._extend("/graph/edge_offset", graphs.edge_offset[1:] + edges)
-            for name in ("atomic_number", "edge_source", "edge_target", "edge_vector"):
+            for name in (*NODE_FIELDS, *EDGE_FIELDS):
                 self._extend(f"/graph/{name}", getattr(graphs, name))
         self.count += number
 
@@ -192,10 +192,16 @@ class DatasetWriter:
         own = "number of the node within the sample's own graph, from 0"
         self._create("/graph/node_offset", np.int64, units="first node of each sample; the last entry is the total")
         self._create("/graph/edge_offset", np.int64, units="first edge of each sample; the last entry is the total")
-        self._create("/graph/atomic_number", np.uint8, units="protons")
-        self._create("/graph/edge_source", np.int32, units=f"the neighbour: {own}")
-        self._create("/graph/edge_target", np.int32, units=f"the atom whose neighbour it is: {own}")
-        self._create("/graph/edge_vector", np.float64, (3,), units="angstrom")
+        units = {
+            "atomic_number": "protons",
+            "formal_charge": "elementary charges",
+            "edge_source": f"the neighbour: {own}",
+            "edge_target": f"the atom whose neighbour it is: {own}",
+            "edge_vector": "angstrom",
+            "edge_bond": ", ".join(f"{number} {name}" for number, name in enumerate(BONDS)),
+        }
+        for name, kind in (NODE_FIELDS | EDGE_FIELDS).items():
+            self._create(f"/graph/{name}", kind, (3,) if name == "edge_vector" else (), units=units[name])
         for name in ("/graph/node_offset", "/graph/edge_offset"):
             self._extend(name, np.zeros(1, np.int64))
 
