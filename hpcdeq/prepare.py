@@ -23,6 +23,8 @@ from hpcdeq.commands import CommandParser
 from hpcdeq.errors import EXIT_DONE, DataError, OptionError
 
 if TYPE_CHECKING:
+    from hpcdeq.builders.graphs import Shares
+    from hpcdeq.builders.labelling import Labelling
     from hpcdeq.builders.samples import Progress, Report, Skipped
 
 PROGRAM = "python -m hpcdeq.prepare"
@@ -55,52 +57,93 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
-def _crystal_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="CIF folder with id_prop.csv, .jsonl[.gz], or .json[.gz]")
-    parser.add_argument("--property", default="band_gap", metavar="NAME", help="what to learn (default band_gap)")
-    parser.add_argument("--thresholds", type=_numbers, metavar="A,B,...", help="bounds of classes (default 0.01,3.0)")
+def _structure_kind(name: str, summary: str, learned: str, neighbours_of: str, advice: str) -> Kind:
+    """Return a kind of periodic structures."""
+
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "source",
+            metavar="SOURCE",
+            help="CIF folder with id_prop.csv (or another .csv), .jsonl[.gz], pymatgen's .json[.gz], or what ASE reads",
+        )
+        _label_options(parser, learned)
+        parser.add_argument("--neighbours", type=int, metavar="K", help="edges an atom (default 12; 0: by radius)")
+        parser.add_argument("--radius", type=float, metavar="R", help="no edge is longer, angstrom (default: none)")
+        parser.add_argument("--group", metavar="KEY", help=f"formula, family or a field: {neighbours_of}")
+        parser.add_argument(
+            "--least-distance", type=float, metavar="D", help="leave out structures with nearer atoms, angstrom"
+        )
+
+    def build(options: argparse.Namespace, command: str) -> Report:
+        from hpcdeq.builders.crystals import BAND_GAP, prepare_crystals
+        from hpcdeq.builders.frameworks import CAVITY, SETTINGS
+        from hpcdeq.builders.periodic import StructureSettings
+
+        preset, settings = {"crystals": (BAND_GAP, StructureSettings()), "frameworks": (CAVITY, SETTINGS)}[name]
+        return prepare_crystals(
+            options.out,
+            options.source,
+            _labels(options, preset),
+            dataclasses.replace(settings, **_given(options, "neighbours", "radius", "group", "least_distance")),
+            _shares(options),
+            kind=name,
+            processes=_processes(options),
+            command=command,
+            progress=_progress(options),
+        )
+
+    return Kind(summary, add_options, build, advice=advice)
+
+
+def _label_options(parser: argparse.ArgumentParser, learned: str) -> None:
+    """Add the options that say what is learned of each row, and how rows are shared out and worked on."""
+    parser.add_argument("--property", metavar="NAME", help=f"what to learn ({learned})")
+    parser.add_argument("--thresholds", type=_numbers, metavar="A,B,...", help="bounds of classes")
     parser.add_argument("--classes", type=_names, metavar="A,B,...", help="their names, one more than thresholds")
+    parser.add_argument("--class-column", metavar="NAME", help="learn the classes that this property names")
     parser.add_argument("--regression", action="store_true", help="learn the value instead of a class")
-    parser.add_argument("--units", help="unit of the property (default for band_gap: eV)")
-    parser.add_argument("--neighbours", type=int, default=12, metavar="K", help="edges an atom (default 12)")
+    parser.add_argument("--units", help="unit of the property")
     parser.add_argument("--validation-fraction", type=float, default=0.1, metavar="F", help="default 0.1")
-    parser.add_argument(
-        "--processes", type=int, metavar="N", help="local processes (default all cores for CIF, else 1; not under MPI)"
+    parser.add_argument("--processes", type=int, metavar="N", help="local processes (default all cores; not under MPI)")
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _labels(options: argparse.Namespace, preset: Labelling) -> Labelling:
+    """Return what is learned: the kind's own property unless another is named."""
+    from hpcdeq.builders.labelling import Labelling
+
+    if options.class_column is not None:
+        wrong = _given(options, "property", "thresholds", "units")
+        if wrong:
+            raise OptionError(f"--class-column {options.class_column}: drop --{next(iter(wrong))}, names need none")
+        return Labelling(options.class_column, classes=options.classes or (), named=True, regression=options.regression)
+    name = options.property or preset.property_name
+    usual = name == preset.property_name
+    if not options.regression and not usual and options.thresholds is None:
+        raise OptionError(f"--property {name}: say --thresholds A,B,... for classes, or --regression")
+    if options.regression and not usual and options.units is None:
+        raise OptionError(f"--regression of {name}: say its unit with --units (1 where it has none)")
+    thresholds = options.thresholds or preset.thresholds
+    classes = options.classes or (preset.classes if options.thresholds is None else _range_names(thresholds))
+    return Labelling(
+        name, thresholds, classes, options.units or (preset.units if usual else ""), regression=options.regression
     )
 
 
-def _build_crystals(options: argparse.Namespace, command: str) -> Report:
-    from hpcdeq.builders.crystals import CrystalOptions, prepare_crystals
+def _shares(options: argparse.Namespace) -> Shares:
+    from hpcdeq.builders.graphs import Shares
 
-    usual = options.property == "band_gap"
-    if not options.regression and not usual and options.thresholds is None:
-        raise OptionError(f"--property {options.property}: say --thresholds A,B,... for classes, or --regression")
-    if options.regression and not usual and options.units is None:
-        raise OptionError(f"--regression of {options.property}: say its unit with --units (1 where it has none)")
+    return Shares(options.validation_fraction, options.seed, options.limit)
+
+
+def _processes(options: argparse.Namespace) -> int:
     if options.processes is not None and options.processes < 1:
         raise OptionError(f"--processes {options.processes}: at least 1")
-    # A row of JSON is read in less time than it takes to send it to another process; a CIF file takes far longer.
-    processes = options.processes or (len(os.sched_getaffinity(0)) if Path(options.source).is_dir() else 1)
-    thresholds = options.thresholds or CrystalOptions.thresholds
-    classes = options.classes or (CrystalOptions.classes if options.thresholds is None else _range_names(thresholds))
-    return prepare_crystals(
-        options.out,
-        options.source,
-        CrystalOptions(
-            property_name=options.property,
-            thresholds=thresholds,
-            classes=classes,
-            units=options.units or ("eV" if usual else ""),
-            regression=options.regression,
-            neighbours=options.neighbours,
-            validation_fraction=options.validation_fraction,
-            seed=options.seed,
-            limit=options.limit,
-        ),
-        processes=processes,
-        command=command,
-        progress=_progress(options),
-    )
+    return options.processes or len(os.sched_getaffinity(0))
 
 
 def _range_names(thresholds: tuple[float, ...]) -> tuple[str, ...]:
@@ -177,7 +220,20 @@ def _build_images(options: argparse.Namespace, command: str) -> Report:
 
 
 KINDS = {
-    "crystals": Kind("structures with a property, as graphs of neighbours", _crystal_options, _build_crystals),
+    "crystals": _structure_kind(
+        "crystals",
+        "structures with a property, as graphs of neighbours",
+        "default band_gap, at 0.01 and 3 eV: metal, semiconductor, insulator",
+        "rows of one never straddle splits (default formula)",
+        "",
+    ),
+    "frameworks": _structure_kind(
+        "frameworks",
+        "metal-organic frameworks by pore size, as graphs of neighbours",
+        "default LCD, at 5 and 7 angstrom: small, medium, large",
+        "rows of one never straddle splits (default family: field, or refcode)",
+        "",
+    ),
     "images": Kind(
         "images with a class, as arrays", _image_options, _build_images, advice="--model conv_deq --optimizer adam"
     ),

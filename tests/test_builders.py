@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from pymatgen.core import DummySpecies, Lattice, Structure
 from pymatgen.io.cif import CifWriter
 
 from hpcdeq import parallel
-from hpcdeq.builders.crystals import CrystalOptions, prepare_crystals
-from hpcdeq.builders.neighbours import nearest_neighbours
+from hpcdeq.builders.crystals import BAND_GAP, prepare_crystals
+from hpcdeq.builders.graphs import Shares
+from hpcdeq.builders.neighbours import neighbours_of
+from hpcdeq.builders.periodic import StructureSettings
 from hpcdeq.builders.samples import assign_splits, fraction_of, in_order, straddling
 from hpcdeq.data.graphs import GraphArrays
 from hpcdeq.data.shards import Shards
@@ -46,7 +49,7 @@ def brute_force(lattice: np.ndarray, frac: np.ndarray, atom: int, count: int) ->
 @pytest.mark.parametrize("count", [1, 12, 30])
 def test_neighbours_equal_brute_force_in_a_triclinic_cell(count: int) -> None:
     """Compare atoms and vectors with an enumeration of all images."""
-    graph = nearest_neighbours(TRICLINIC.matrix, np.array([8, 26, 8, 14]), SITES, count)
+    graph = neighbours_of(TRICLINIC.matrix, np.array([8, 26, 8, 14]), SITES, count)
     assert graph.edge_target.tolist() == np.repeat(np.arange(4), count).tolist()
     for atom in range(4):
         others, vectors = brute_force(TRICLINIC.matrix, SITES, atom, count)
@@ -67,7 +70,7 @@ def test_coordination_of_known_crystals(
 ) -> None:
     """Find 6 neighbours at a/2 in rock salt; 4 at sqrt(3)a/4 and 12 at a/sqrt(2) in diamond."""
     primitive = cell / 2 * np.array([[0.0, 1, 1], [1, 0, 1], [1, 1, 0]])
-    graph = nearest_neighbours(primitive, np.array([11, 17]), np.array(frac), count)
+    graph = neighbours_of(primitive, np.array([11, 17]), np.array(frac), count)
     lengths = np.linalg.norm(graph.edge_vector, axis=1).reshape(2, count)
     assert np.abs(lengths - distances).max() < 1e-9
     if name == "rock salt":
@@ -77,10 +80,10 @@ def test_coordination_of_known_crystals(
 def test_cut_shells_and_far_atoms_are_deterministic() -> None:
     """Cut a shell of twelve equal neighbours in the same place after a shift, and reach across a vacuum."""
     fcc = 2.0 * np.array([[0.0, 1, 1], [1, 0, 1], [1, 1, 0]])
-    one = nearest_neighbours(fcc, np.array([29]), np.zeros((1, 3)), 7)
-    other = nearest_neighbours(fcc, np.array([29]), np.array([[0.123, 0.456, 0.789]]), 7)
+    one = neighbours_of(fcc, np.array([29]), np.zeros((1, 3)), 7)
+    other = neighbours_of(fcc, np.array([29]), np.array([[0.123, 0.456, 0.789]]), 7)
     assert np.abs(one.edge_vector - other.edge_vector).max() < 1e-9
-    layer = nearest_neighbours(np.diag([2.5, 2.5, 60.0]), np.array([6]), np.zeros((1, 3)), 12)
+    layer = neighbours_of(np.diag([2.5, 2.5, 60.0]), np.array([6]), np.zeros((1, 3)), 12)
     assert np.abs(np.linalg.norm(layer.edge_vector, axis=1).max() - 5.0) < 1e-9
 
 
@@ -88,7 +91,7 @@ def test_a_lone_atom_finds_the_far_cluster() -> None:
     """Enlarge the sphere where the mean density promises nearer neighbours than there are."""
     corners = np.array(list(itertools.product((0.0, 0.15), repeat=3)))
     frac = np.vstack([corners * [1, 0.9, 0.8], [[0.57, 0.58, 0.59]]])
-    graph = nearest_neighbours(12 * np.eye(3), np.ones(9), frac, 8)
+    graph = neighbours_of(12 * np.eye(3), np.ones(9), frac, 8)
     others, vectors = brute_force(12 * np.eye(3), frac, 8, 8)
     assert np.linalg.norm(vectors[-1]) > 9  # the first sphere has a radius of 8.7 A
     assert graph.edge_source[64:].tolist() == others
@@ -99,7 +102,7 @@ def test_overlapping_atoms_are_refused() -> None:
     """Name the pair and the distance."""
     sites = np.array([[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0.501]])
     with pytest.raises(ValueError, match=r"atoms [12] and [12] are 0\.00[56]\d* A apart: they overlap"):
-        nearest_neighbours(TRICLINIC.matrix, np.ones(3), sites, 4)
+        neighbours_of(TRICLINIC.matrix, np.ones(3), sites, 4)
 
 
 def plain_row(name: str, value: Any, structure: Structure, **more: Any) -> dict[str, Any]:
@@ -192,7 +195,7 @@ def test_sources_give_the_same_graphs(tmp_path: Path, kind: str) -> None:
     for name, (structure, _) in crystals().items():
         _, label, graph = found[name]
         numbers = np.array(structure.atomic_numbers)
-        expected = nearest_neighbours(structure.lattice.matrix, numbers, structure.frac_coords, 12)
+        expected = neighbours_of(structure.lattice.matrix, numbers, structure.frac_coords, 12)
         assert label == labels[name]
         assert np.array_equal(graph.atomic_number, numbers)
         assert np.array_equal(graph.edge_source, expected.edge_source)
@@ -203,7 +206,7 @@ def test_sources_give_the_same_graphs(tmp_path: Path, kind: str) -> None:
 def test_regression_keeps_the_value(tmp_path: Path) -> None:
     """Write the band gap itself, with its name and unit."""
     out = tmp_path / "out.h5"
-    prepare_crystals(out, lines_source(tmp_path / "a.jsonl"), CrystalOptions(regression=True), comm=parallel.SELF)
+    prepare_crystals(out, lines_source(tmp_path / "a.jsonl"), replace(BAND_GAP, regression=True), comm=parallel.SELF)
     assert {name: target for name, (_, target, _) in by_name(out).items()} == {
         name: [value] for name, (_, value) in crystals().items()
     }
@@ -247,10 +250,7 @@ def test_unreadable_rows_are_listed_and_skipped(tmp_path: Path) -> None:
     report = prepare_crystals(out, source, comm=parallel.SELF)
     assert sorted(by_name(out)) == ["first", "last"]
     assert len(report.skipped) == len(bad)
-    # Overlaps show in the second pass, when neighbours are looked for, and are listed after what cannot be read.
-    reasons = [reason for _, reason in bad_rows()]
-    reasons.sort(key=lambda reason: reason == "they overlap")
-    for skipped, reason in zip(report.skipped, reasons, strict=True):
+    for skipped, (_, reason) in zip(report.skipped, bad_rows(), strict=True):
         assert reason in skipped.reason
     assert (report.skipped[0].row, report.skipped[3].row) == ("line 2", "x (line 5)")
 
@@ -264,11 +264,11 @@ def test_rows_keep_their_split_and_value_past_skipped_ones(tmp_path: Path) -> No
         rows[row]["frac"] = [0.25] * 12
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "out.h5"
-    report = prepare_crystals(out, tmp_path / "rows.jsonl", CrystalOptions(regression=True), comm=parallel.SELF)
+    report = prepare_crystals(out, tmp_path / "rows.jsonl", replace(BAND_GAP, regression=True), comm=parallel.SELF)
     found = by_name(out)
     assert len(report.skipped) == 29 and len(found) == 171
     assert all((split, value) == (int(name) % 3, [float(name)]) for name, (split, value, _) in found.items())
-    assert report.notes == ["1 formulas are in more than one split of the source, and so here"]
+    assert report.notes == ["1 groups of relatives are in more than one split of the source, and so here"]
 
 
 def test_unreadable_cif_files_are_listed(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_unreadable_cif_files_are_listed(tmp_path: Path) -> None:
     report = prepare_crystals(tmp_path / "out.h5", folder, comm=parallel.SELF)
     assert [row.row for row in report.skipped] == ["one", "two", "three", "four"]
     assert report.skipped[0].reason == "one.cif is missing"
-    assert report.skipped[3].reason == "property is '', not a number"
+    assert report.skipped[3].reason == "no band_gap"
     assert list(by_name(tmp_path / "out.h5")) == ["five"]
 
 
@@ -305,7 +305,7 @@ def test_sources_as_a_whole_are_checked(tmp_path: Path) -> None:
     packed = lines_source(tmp_path / "cut.jsonl.gz")
     packed.write_bytes(packed.read_bytes()[:-200])
     files = {
-        "rows.xyz": ("", "unknown kind of source; SOURCE is a folder of CIF"),
+        "rows.foo": ("", "unknown kind of source; SOURCE is a folder of CIF"),
         "empty.jsonl": ("\n", "no rows; give a source"),
         "torn.json": ("[1, 2", "not JSON"),
         "lines.json": ("{}\n{}", r"not JSON .*name it \.jsonl if it has one object a line"),
@@ -319,7 +319,7 @@ def test_sources_as_a_whole_are_checked(tmp_path: Path) -> None:
     for name, message in {
         "absent.jsonl": "no such file or folder",
         "cut.jsonl.gz": "cannot be read to its end",
-        "": "without id_prop.csv",
+        "": "2 tables|neither CIF files nor id_prop.csv",
     }.items():
         with pytest.raises(DataError, match=message):
             prepare_crystals(out, tmp_path / name, comm=parallel.SELF)
@@ -329,11 +329,11 @@ def test_sources_as_a_whole_are_checked(tmp_path: Path) -> None:
 def test_options_that_make_no_sense_are_refused() -> None:
     """Name the option and what to say instead."""
     with pytest.raises(OptionError, match="are not increasing"):
-        CrystalOptions(thresholds=(3.0, 0.01))
+        replace(BAND_GAP, thresholds=(3.0, 0.01))
     with pytest.raises(OptionError, match="3 class names for 2 classes; say --classes with 2"):
-        CrystalOptions(thresholds=(1.0,))
+        replace(BAND_GAP, thresholds=(1.0,))
     with pytest.raises(OptionError, match="--neighbours 0"):
-        CrystalOptions(neighbours=0)
+        StructureSettings(neighbours=0)
 
 
 def test_groups_never_straddle() -> None:
@@ -373,13 +373,13 @@ def test_formula_of_a_supercell_is_that_of_the_cell(tmp_path: Path) -> None:
         cells = [structure.make_supercell([copies, 1, 1], in_place=False) for copies in (1, 2, 3)]
         lines = [json.dumps(plain_row(str(row), 1.0, cell)) for row, cell in enumerate(cells)]
         (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-        prepare_crystals(out, tmp_path / "rows.jsonl", CrystalOptions(seed=seed), comm=parallel.SELF)
+        prepare_crystals(out, tmp_path / "rows.jsonl", shares=Shares(seed=seed), comm=parallel.SELF)
         assert len(set(Shards(out).splits.tolist())) == 1
 
 
 def test_workers_start_neither_torch_nor_mpi() -> None:
     """Import what a worker process imports: MPI must not start in a child of an MPI process."""
-    code = "import hpcdeq.builders.neighbours, hpcdeq.builders.structures, sys\n"
+    code = "import hpcdeq.builders.periodic, sys\n"
     code += "sys.exit(', '.join(name for name in ('torch', 'mpi4py') if name in sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -407,11 +407,11 @@ def test_blocks_come_back_in_order() -> None:
 @pytest.mark.skipif(not CRYSTALS.is_dir(), reason="../shared/data/crystals is not there")
 def test_real_crystals_do_not_depend_on_the_workers(shared_tmp_path: Path) -> None:
     """Prepare 300 real crystals with all ranks (two processes on one rank), and alone: the same samples."""
-    source, options = CRYSTALS / "crystals_small.jsonl.gz", CrystalOptions(limit=300)
-    report = prepare_crystals(shared_tmp_path / "many.h5", source, options, processes=2)
+    source, shares = CRYSTALS / "crystals_small.jsonl.gz", Shares(limit=300)
+    report = prepare_crystals(shared_tmp_path / "many.h5", source, shares=shares, processes=2)
     with parallel.agreement(parallel.WORLD):
         if parallel.WORLD.rank == 0:
-            prepare_crystals(shared_tmp_path / "alone.h5", source, options, comm=parallel.SELF)
+            prepare_crystals(shared_tmp_path / "alone.h5", source, shares=shares, comm=parallel.SELF)
     assert sum(report.split_counts) == 300 and not report.skipped and not report.notes
     many, alone = by_name(shared_tmp_path / "many.h5"), by_name(shared_tmp_path / "alone.h5")
     assert list(many) == list(alone)
@@ -426,7 +426,7 @@ def test_real_crystals_do_not_depend_on_the_workers(shared_tmp_path: Path) -> No
 def test_real_labels_equal_the_published_ones(tmp_path: Path) -> None:
     """Compare classes and test split with labels.csv.gz."""
     out = tmp_path / "out.h5"
-    prepare_crystals(out, CRYSTALS / "crystals_small.jsonl.gz", CrystalOptions(limit=500), comm=parallel.SELF)
+    prepare_crystals(out, CRYSTALS / "crystals_small.jsonl.gz", shares=Shares(limit=500), comm=parallel.SELF)
     with gzip.open(CRYSTALS / "labels.csv.gz", "rt") as file:
         published = {row["id"]: row for row in csv.DictReader(file)}
     classes = Shards(out).schema.classes

@@ -115,7 +115,7 @@ def test_the_help_of_an_equation_says_all_settings(capsys: pytest.CaptureFixture
         (["burgers", "--out", "f.h5", "--neighbours", "8"], "unknown option --neighbours: "),
         (["burgers", "--ou", "f.h5"], "unknown option --ou: did you mean --out?"),
         (["burgers", "--qqqqqqqq"], "unknown option --qqqqqqqq: see --help"),
-        (["spheres", "--out", "f.h5"], "invalid choice: 'spheres' (choose from 'crystals', 'images', 'burgers', "),
+        (["spheres", "--out", "f.h5"], "invalid choice: 'spheres' (choose from 'crystals', 'frameworks', "),
         (["burgers"], "the following arguments are required: --out"),
         (["crystals", "--out", "f.h5"], "the following arguments are required: SOURCE"),
         (["darcy", "--out", "f.h5", "--variance", "1"], "unknown option --variance: did you mean --variation?"),

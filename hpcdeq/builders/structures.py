@@ -1,6 +1,6 @@
-"""Crystal structures and one property each, from CIF folders, JSON lines, or pymatgen's own JSON.
+"""Periodic structures with a property, from CIF folders, JSON lines, pymatgen's own JSON, or what ASE reads.
 
-`source_rows` finds the rows (cheap, in order); `read_block` parses some of them (slow for CIF, so workers do it).
+`source_rows` finds the rows (cheap, in order); `read_structure` parses one (slow for CIF, so workers do it).
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpcdeq.builders.samples import Skipped
+from hpcdeq.builders.labelling import Labelling, Value
 from hpcdeq.data.rows import HEAVIEST
 from hpcdeq.errors import DataError
 
@@ -26,18 +26,25 @@ if TYPE_CHECKING:
 
 LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 DOCUMENTS = (".json", ".json.gz")
+ASE = (".xyz", ".extxyz", ".traj", ".db", ".vasp", ".poscar", ".cif")
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
-ID_KEYS = ("id", "material_id", "entry_id", "task_id")
-ACCEPTED = "a folder of CIF files with id_prop.csv, JSON lines (.jsonl[.gz]) or pymatgen's JSON (.json[.gz])"
+ID_KEYS = ("id", "material_id", "entry_id", "task_id", "name", "filename", "cif_id", "refcode")
+TABLE = "id_prop.csv"
+ANY = ""  # name of the only property of a table without a header
+ACCEPTED = (
+    f"a folder of CIF files (with {TABLE} or another .csv), JSON lines (.jsonl[.gz]), pymatgen's JSON (.json[.gz]), or what"
+    f" ASE reads ({', '.join(ASE)})"
+)
+REFCODE = re.compile(r"[A-Z]{6}(?![A-Za-z])")  # of the Cambridge Structural Database: six letters name a family
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row as found: a name for messages, and a JSON line, an entry or the path of a CIF file to parse."""
+    """A row as found: a name for messages; a JSON line, an entry or the path of a file; what a table says of it."""
 
     name: str
     payload: str | Mapping[str, Any] | Path
-    value: str | None = None
+    table: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,20 +62,20 @@ class StructureRecord:
     frac
         ``(n, 3)`` coordinates in units of the lattice vectors.
     value
-        The property, in the source's unit.
+        The property, in the source's unit; NaN where none was asked for.
     split
         ``train``, ``validation``, ``test``, or None where the source does not say.
-    formula
-        Atomic numbers and smallest integer counts: the same for all cells of one reduced formula.
+    group
+        The same for all relatives.
     """
 
     id: str
     lattice: np.ndarray
     atomic_number: np.ndarray
     frac: np.ndarray
-    value: float
+    value: Value
     split: str | None
-    formula: str
+    group: str
 
 
 def source_rows(source: Path) -> Iterator[SourceRow]:
@@ -90,30 +97,77 @@ def source_rows(source: Path) -> Iterator[SourceRow]:
         yield from _line_rows(source)
     elif name.endswith(DOCUMENTS):
         yield from _document_rows(source)
+    elif name.endswith(ASE):
+        yield from _ase_rows(source)
     else:
         raise DataError(f"{source}: unknown kind of source; SOURCE is {ACCEPTED}")
 
 
-def read_block(rows: list[SourceRow], property_name: str) -> list[StructureRecord | Skipped]:
-    """Parse some rows; one that cannot be read gives a `Skipped` in its place.
+def read_structure(row: SourceRow, labels: Labelling | None, group: str) -> tuple[str, StructureRecord | None, str]:
+    """Parse a row.
 
     Not collective: runs in workers.
+
+    Parameters
+    ----------
+    labels
+        Which property it has; None: none is asked for.
+    group
+        What relatives share: ``formula``, ``family`` (of CSD refcodes), or the name of a field of the source.
+
+    Returns
+    -------
+    tuple
+        Its name, and the structure, or None and the reason.
     """
-    found: list[StructureRecord | Skipped] = []
-    for row in rows:
-        name = row.name
-        try:
-            if isinstance(row.payload, Path):
-                found.append(_from_cif(row.name, row.payload, row.value))
-                continue
-            entry = json.loads(row.payload) if isinstance(row.payload, str) else row.payload
-            if not isinstance(entry, Mapping):
+    name = row.name
+    try:
+        if isinstance(row.payload, Path):
+            structure, entry = _from_cif(row.payload), row.table
+        else:
+            found = json.loads(row.payload) if isinstance(row.payload, str) else row.payload
+            if not isinstance(found, Mapping):
                 raise ValueError("no JSON object")
-            name = _identity(entry) or row.name
-            found.append(_from_entry(name, entry, property_name))
-        except Exception as error:  # foreign parsers on foreign input raise anything; one bad row must not end the job
-            found.append(Skipped(name if name == row.name else f"{name} ({row.name})", _reason(error)))
-    return found
+            entry = found
+            identity = _identity(entry)
+            name = row.name if identity is None else f"{identity} ({row.name})"
+            structure = _from_entry(entry)
+        lattice, numbers, frac, inner = structure
+        atoms = _checked(lattice, numbers, frac)
+        value: Value = float("nan")
+        if labels is not None:
+            value = labels.value(_lookup(entry, inner, labels.property_name))
+        identity = _identity(entry) or row.name
+        record = StructureRecord(
+            identity, *atoms, value, _split(entry.get("split")), _group(group, identity, entry, atoms[1])
+        )
+        return identity, record, ""
+    except Exception as error:  # foreign parsers on foreign input raise anything; one bad row must not end the job
+        return name, None, _reason(error)
+
+
+def _split(found: Any) -> str | None:
+    if found is None or found == "":
+        return None
+    if found not in SPLIT_NAMES:
+        raise ValueError(f"split '{found}' is not train, validation or test")
+    return SPLIT_NAMES[found]
+
+
+def _group(kind: str, identity: str, entry: Mapping[str, Any], atoms: np.ndarray) -> str:
+    if kind not in ("formula", "family"):
+        if entry.get(kind) is None:
+            raise ValueError(f"no {kind}, which is to name its relatives (--group)")
+        return str(entry[kind])
+    if kind == "family":
+        refcode = REFCODE.match(identity)
+        if entry.get("family") is not None:
+            return str(entry["family"])
+        if refcode:
+            return refcode.group()
+    kinds, counts = np.unique(atoms, return_counts=True)
+    # Atomic numbers and smallest integer counts: the same for all cells of one reduced formula.
+    return " ".join(f"{z}:{count}" for z, count in zip(kinds, counts // np.gcd.reduce(counts), strict=True))
 
 
 def _reason(error: Exception) -> str:
@@ -122,13 +176,50 @@ def _reason(error: Exception) -> str:
 
 
 def _cif_rows(folder: Path) -> Iterator[SourceRow]:
-    table = folder / "id_prop.csv"
-    if not table.is_file():
-        raise DataError(f"{folder}: a folder without id_prop.csv (lines `id,property`); SOURCE is {ACCEPTED}")
-    with table.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        for cells in csv.reader(file):
-            if cells and any(cells):
-                yield SourceRow(cells[0].strip(), folder / f"{cells[0].strip()}.cif", ",".join(cells[1:2]))
+    """Yield the rows of a folder's table; without one, its CIF files, which then have no property."""
+    tables = [folder / TABLE] if (folder / TABLE).is_file() else sorted(folder.glob("*.csv"))
+    if len(tables) > 1:
+        raise DataError(f"{folder}: {len(tables)} tables of properties and no {TABLE}; SOURCE is {ACCEPTED}")
+    if not tables:
+        files = sorted(folder.glob("*.cif"))
+        if not files:
+            raise DataError(f"{folder}: neither CIF files nor {TABLE} (lines `id,property`); SOURCE is {ACCEPTED}")
+        for path in files:
+            yield SourceRow(path.stem, path, {"id": path.stem})
+        return
+    with tables[0].open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        lines = (cells for cells in csv.reader(file) if any(cell.strip() for cell in cells))
+        head: list[str] = []
+        for cells in lines:
+            cells = [cell.strip() for cell in cells]
+            if not head:
+                has_header = cells[0].lower() in ID_KEYS
+                head = [cells[0].lower(), *cells[1:]] if has_header else ["id", ANY]
+                if has_header:
+                    continue
+            table = dict(zip(head, cells, strict=False))
+            name = next(table[key] for key in ID_KEYS if key in table)
+            stem = name.removesuffix(".cif")
+            yield SourceRow(stem, folder / f"{stem}.cif", {**table, "id": stem})
+
+
+def _ase_rows(source: Path) -> Iterator[SourceRow]:
+    try:
+        import ase.io
+    except ImportError as error:
+        raise DataError(f"{source}: only ASE reads this; install it with: pip install ase") from error
+    try:
+        for number, atoms in enumerate(ase.io.iread(str(source), index=":")):
+            entry = {
+                "matrix": np.array(atoms.cell),
+                "Z": atoms.numbers.tolist(),
+                "frac": atoms.get_scaled_positions(wrap=False),
+                **atoms.info,
+                **(getattr(atoms.calc, "results", None) or {}),
+            }
+            yield SourceRow(f"{source.stem}-{number}", {"id": f"{source.stem}-{number}", **entry})
+    except Exception as error:  # whatever a parser of some sixty formats raises
+        raise DataError(f"{source}: ASE cannot read it ({error})") from error
 
 
 def _open_text(source: Path) -> Any:
@@ -166,39 +257,39 @@ def _document_rows(source: Path) -> Iterator[SourceRow]:
         raise DataError(f"{source}: neither a list nor an object of structures; SOURCE is {ACCEPTED}")
 
 
-def _from_cif(name: str, path: Path, value: str | None) -> StructureRecord:
+Parts = tuple[Any, Any, Any, Mapping[str, Any]]  # lattice, atomic numbers, coordinates, the structure's own fields
+
+
+def _from_cif(path: Path) -> Parts:
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
-    number = _number("property", value)
+    if not path.stat().st_size:
+        raise ValueError(f"{path.name} is empty")
     from pymatgen.io.cif import CifParser
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about rounding and formula remarks; what matters is checked below
-        structure = CifParser(path).parse_structures(primitive=False, on_error="raise")[0]
-    return _from_structure(name, structure, number, None)
+        return _parts(CifParser(path).parse_structures(primitive=False, on_error="raise")[0], {})
 
 
-def _from_entry(name: str, entry: Mapping[str, Any], property_name: str) -> StructureRecord:
-    """Read a row with `cell`, `Z` and `frac`, a structure, or an entry that holds one."""
-    plain = {"cell", "Z", "frac"} <= entry.keys()
+def _from_entry(entry: Mapping[str, Any]) -> Parts:
+    """Read a row with `cell` (or `matrix`), `Z` and `frac`, a structure, or an entry that holds one."""
+    plain = {"Z", "frac"} <= entry.keys() and ("cell" in entry or "matrix" in entry)
     structure = entry if plain or "sites" in entry else entry.get("structure")
     if not isinstance(structure, Mapping):
         raise ValueError("neither cell, Z and frac, nor a pymatgen structure")
-    value = _number(property_name, _lookup(entry, structure, property_name))
-    split = entry.get("split")
-    if split is not None and split not in SPLIT_NAMES:
-        raise ValueError(f"split '{split}' is not train, validation or test")
-    split = SPLIT_NAMES[split] if split is not None else None
     from pymatgen.core import Lattice, Structure
 
     if not plain:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _from_structure(name, Structure.from_dict(dict(structure)), value, split)
+            return _parts(Structure.from_dict(dict(structure)), structure)
+    if "matrix" in entry:
+        return entry["matrix"], entry["Z"], entry["frac"], {}
     cell = np.asarray(entry["cell"], float)
     if cell.shape != (6,) or not np.isfinite(cell).all():
         raise ValueError("cell is not six finite numbers a, b, c, alpha, beta, gamma")
-    return _record(name, Lattice.from_parameters(*cell).matrix, entry["Z"], entry["frac"], value, split)
+    return Lattice.from_parameters(*cell).matrix, entry["Z"], entry["frac"], {}
 
 
 def _lookup(entry: Mapping[str, Any], structure: Mapping[str, Any], property_name: str) -> Any:
@@ -206,7 +297,7 @@ def _lookup(entry: Mapping[str, Any], structure: Mapping[str, Any], property_nam
     for place in (entry, entry.get("properties"), entry.get("data"), structure.get("properties")):
         if isinstance(place, Mapping) and place.get(property_name) is not None:
             return place[property_name]
-    return None
+    return entry.get(ANY)
 
 
 def _identity(entry: Mapping[str, Any]) -> str | None:
@@ -217,30 +308,17 @@ def _identity(entry: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _number(name: str, value: Any) -> float:
-    if value is None or isinstance(value, bool):
-        raise ValueError(f"no {name}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is '{value}', not a number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name} is {number}, not finite")
-    return number
-
-
-def _from_structure(name: str, structure: Structure, value: float, split: str | None) -> StructureRecord:
+def _parts(structure: Structure, fields: Mapping[str, Any]) -> Parts:
     from pymatgen.core import DummySpecies
 
     if not structure.is_ordered:
         raise ValueError("disordered: sites with partial occupancy")
     if any(isinstance(site.specie, DummySpecies) for site in structure):
         raise ValueError("a site without a chemical element")
-    numbers = [site.specie.Z for site in structure]
-    return _record(name, structure.lattice.matrix, numbers, structure.frac_coords, value, split)
+    return structure.lattice.matrix, [site.specie.Z for site in structure], structure.frac_coords, fields
 
 
-def _record(name: str, lattice: Any, numbers: Any, frac: Any, value: float, split: str | None) -> StructureRecord:
+def _checked(lattice: Any, numbers: Any, frac: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     lattice, frac = np.asarray(lattice, float), np.asarray(frac, float)
     atoms = np.asarray(numbers)
     if atoms.ndim != 1 or atoms.size == 0:
@@ -254,6 +332,4 @@ def _record(name: str, lattice: Any, numbers: Any, frac: Any, value: float, spli
     volume = abs(float(np.linalg.det(lattice)))
     if volume < 1e-3 * atoms.size:
         raise ValueError(f"cell of {volume:.3g} A^3 for {atoms.size} atoms: its lengths or angles are impossible")
-    kinds, counts = np.unique(atoms, return_counts=True)
-    formula = " ".join(f"{kind}:{count}" for kind, count in zip(kinds, counts // np.gcd.reduce(counts), strict=True))
-    return StructureRecord(name, lattice, atoms.astype(np.uint8), frac.reshape(-1, 3), value, split, formula)
+    return lattice, atoms.astype(np.uint8), frac.reshape(-1, 3)

@@ -68,10 +68,7 @@ class DatasetWriter:
 
     def __enter__(self) -> DatasetWriter:
         """Open the partial file and lay out empty datasets."""
-        if self.path.is_dir():
-            raise DataError(f"{self.path} is a folder; give --out a file name, e.g. {self.path / 'data.h5'}")
-        if not self.path.parent.is_dir():
-            raise DataError(f"folder {self.path.parent} does not exist; make it with: mkdir -p {self.path.parent}")
+        self.refuse(self.path)
         try:
             # The file format before HDF5 1.8 holds no list of more than 4,095 names of targets.
             self._file = h5py.File(self.partial, "w", locking=False, libver=("v108", "v110"))
@@ -107,6 +104,14 @@ class DatasetWriter:
         except BaseException:
             self._discard()
             raise
+
+    @staticmethod
+    def refuse(path: Path) -> None:
+        """Raise `DataError` where no file can be made. Not collective."""
+        if path.is_dir():
+            raise DataError(f"{path} is a folder; give --out a file name, e.g. {path / 'data.h5'}")
+        if not path.parent.is_dir():
+            raise DataError(f"folder {path.parent} does not exist; make it with: mkdir -p {path.parent}")
 
     def append(self, samples: SampleRows, splits: np.ndarray) -> None:
         """Append some samples.
