@@ -95,6 +95,41 @@ def _structure_kind(name: str, summary: str, learned: str, neighbours_of: str, a
     return Kind(summary, add_options, build, advice=advice)
 
 
+def _molecule_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="table with SMILES (.csv[.gz], .tsv), .sdf[.gz], .xyz (or a folder), .jsonl[.gz]",
+    )
+    _label_options(parser, "default mu, at 2.5 debye: weakly polar, strongly polar")
+    parser.add_argument("--smiles-column", metavar="NAME", help="of a table (default smiles)")
+    parser.add_argument(
+        "--geometry",
+        metavar="KIND",
+        help="source: its coordinates where it has them (default); conformers: ETKDG's where not; none: bonds alone",
+    )
+    parser.add_argument(
+        "--radius", type=float, metavar="R", help="pairs up to this distance are edges (default 5 angstrom)"
+    )
+    parser.add_argument("--group", metavar="KEY", help="smiles, scaffold or a field: never straddles (default smiles)")
+
+
+def _build_molecules(options: argparse.Namespace, command: str) -> Report:
+    from hpcdeq.builders.molecular import MoleculeSettings
+    from hpcdeq.builders.molecules import DIPOLE, prepare_molecules
+
+    return prepare_molecules(
+        options.out,
+        options.source,
+        _labels(options, DIPOLE),
+        MoleculeSettings(seed=options.seed, **_given(options, "geometry", "radius", "group", "smiles_column")),
+        _shares(options),
+        processes=_processes(options),
+        command=command,
+        progress=_progress(options),
+    )
+
+
 def _label_options(parser: argparse.ArgumentParser, learned: str) -> None:
     """Add the options that say what is learned of each row, and how rows are shared out and worked on."""
     parser.add_argument("--property", metavar="NAME", help=f"what to learn ({learned})")
@@ -234,6 +269,7 @@ KINDS = {
         "rows of one never straddle splits (default family: field, or refcode)",
         "",
     ),
+    "molecules": Kind("molecules with a property, as graphs of atoms", _molecule_options, _build_molecules),
     "images": Kind(
         "images with a class, as arrays", _image_options, _build_images, advice="--model conv_deq --optimizer adam"
     ),

@@ -139,14 +139,15 @@ def read_structure(row: SourceRow, labels: Labelling | None, group: str) -> tupl
             value = labels.value(_lookup(entry, inner, labels.property_name))
         identity = _identity(entry) or row.name
         record = StructureRecord(
-            identity, *atoms, value, _split(entry.get("split")), _group(group, identity, entry, atoms[1])
+            identity, *atoms, value, split_named(entry.get("split")), _group(group, identity, entry, atoms[1])
         )
         return identity, record, ""
     except Exception as error:  # foreign parsers on foreign input raise anything; one bad row must not end the job
-        return name, None, _reason(error)
+        return name, None, reason_of(error)
 
 
-def _split(found: Any) -> str | None:
+def split_named(found: Any) -> str | None:
+    """Return the split that a row names, None where it names none; `ValueError` for an unknown one. Not collective."""
     if found is None or found == "":
         return None
     if found not in SPLIT_NAMES:
@@ -170,7 +171,8 @@ def _group(kind: str, identity: str, entry: Mapping[str, Any], atoms: np.ndarray
     return " ".join(f"{z}:{count}" for z, count in zip(kinds, counts // np.gcd.reduce(counts), strict=True))
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return why a row cannot be used, in one line. Not collective."""
     text = " ".join(str(error).split())[:300]
     return text if type(error) is ValueError and text else f"{type(error).__name__}: {text}"
 
