@@ -18,6 +18,7 @@ _HOME = {
     "minimize": "hpcdeq.optim",
     "Result": "hpcdeq.optim",
     "Dataset": "hpcdeq.data",
+    "load": "hpcdeq.record.restore",
     "HpcdeqError": "hpcdeq.errors",
     "CheckpointError": "hpcdeq.errors",
     "ConvergenceError": "hpcdeq.errors",

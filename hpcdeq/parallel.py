@@ -69,6 +69,11 @@ def from_root(comm: Comm, value: T) -> T:
     return comm.bcast(value, root=0)
 
 
+def to_root(comm: Comm, value: T) -> list[T]:
+    """Return every rank's value on rank 0, in rank order; nothing elsewhere. Collective on comm."""
+    return comm.gather(value, root=0) or []
+
+
 def counts_of_ranks(comm: Comm, count: int) -> list[int]:
     """Return every rank's count, in rank order, on every rank. Collective on comm."""
     return comm.allgather(count)

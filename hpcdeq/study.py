@@ -196,22 +196,23 @@ class Study:
     def _case(self) -> Case:
         import torch
 
-        from hpcdeq.tuning import fresh_case, read_saved_run, stiff_case, trained_case
+        from hpcdeq.record.restore import read_saved
+        from hpcdeq.tuning import fresh_case, stiff_case, trained_case
 
         options = self.options
         if options.device == "cuda" and not torch.cuda.is_available():
             raise OptionError("--device cuda: torch finds no GPU here; leave the option out")
-        run = read_saved_run(options.run) if options.run else None
-        dtype_name = options.dtype or (run.settings.get("dtype") if run else None) or "float64"
+        settings = dict(read_saved(options.run)[0].config) if options.run else None
+        dtype_name = options.dtype or (settings["dtype"] if settings else None) or "float64"
         dtype = getattr(torch, dtype_name)
-        if run is not None:
-            data = options.data or run.settings.get("data", EMBEDDED)
+        if settings is not None:
+            data = options.data or settings["data"]
             if data == EMBEDDED:
                 data = str(options.run / f"{EMBEDDED}.h5")
             if not Path(data).exists():
                 raise DataError(f"{options.run}: its data {data} are not there; say where they are with --data FILE.h5")
-            self.settings = dict(run.settings)
-            return trained_case(run, data, options.samples, dtype, options.device)
+            self.settings = settings
+            return trained_case(options.run, data, options.samples, dtype, options.device)
         if options.data:
             name = options.model or self._default_model()
             self.settings = {"data": options.data, "model": name, "seed": options.seed, "dtype": dtype_name}

@@ -21,6 +21,8 @@ from hpcdeq.methods import METHODS, MINIBATCH
 from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hpcdeq.data import Dataset
     from hpcdeq.optim import Iterate, Result
     from hpcdeq.problem import TrainingProblem
@@ -316,9 +318,9 @@ class Training:
             sign = 1.0 if self.problem.loss_function.larger_is_better else -1.0
             if self.best is None or sign * validation.metric > self.best[0]:
                 self.best = (sign * validation.metric, iterate, validation)
-                self._save_best(iterate, validation.metric)
+                self._save_best(iterate.x, iterate.iteration, validation.metric)
 
-    def _save_best(self, iterate: Iterate, metric: float) -> None:
+    def _save_best(self, x: Tensor, iteration: int, metric: float) -> None:
         from hpcdeq import parallel
         from hpcdeq.record import save_model
 
@@ -329,13 +331,9 @@ class Training:
                     self.directory.path / "best.h5",
                     self.model_name,
                     as_toml(self.config),
-                    dict(zip(layout.names, layout.unflatten(iterate.x), strict=True)),
+                    dict(zip(layout.names, layout.unflatten(x), strict=True)),
                     dict(self.problem.model.named_buffers()),
-                    {
-                        "iteration": iterate.iteration,
-                        "metric": metric,
-                        "classes": ",".join(self.sets["train"].schema.classes),
-                    },
+                    {"iteration": iteration, "metric": metric, "schema": self.sets["train"].schema.as_json()},
                 )
 
     def _finish(self, result: Result) -> None:
@@ -348,6 +346,8 @@ class Training:
         from hpcdeq.record import job_joules, over_run, summary
         from hpcdeq.report import read_run, write_figures
 
+        if self.best is None:  # no validation data
+            self._save_best(result.x, result.iterations, float("nan"))
         x = result.x if self.best is None else self.best[1].x
         found = {split: self.problem.evaluate(x, data) if data.count else None for split, data in self.sets.items()}
         seconds = result.history[-1][1]

@@ -134,6 +134,12 @@ def _channel_sums(images: Sequence[np.ndarray], mean: np.ndarray | None = None) 
     return values.sum(axis=(0, 2, 3))
 
 
+def normalised(images: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return images ``(b, C, H, W)`` with each channel shifted and scaled, in single precision. Not collective."""
+    values = images.astype(np.float64)
+    return ((values - mean[:, None, None]) / scale[:, None, None]).astype(np.float32)
+
+
 def _build(path: Path, source: Path, options: ImageOptions, command: str, progress: Progress) -> Report:
     classes, found = read_source(source, options.seed)
     report = Report(classes=classes)
@@ -158,15 +164,18 @@ def _build(path: Path, source: Path, options: ImageOptions, command: str, progre
         "array",
         classes=classes,
         sample_shape=images[0].shape,
-        provenance={**provenance(str(source), command, ["pillow"]), **normalisation},
+        provenance={
+            **provenance(str(source), command, ["pillow"]),
+            "kind": "images",
+            "settings": {**normalisation, "shape": list(images[0].shape)},
+        },
     )
     facts = {"quantity": "(value - channel_mean) / channel_std", "axes": "channel, row, column", **normalisation}
     order = np.argsort(splits, kind="stable")
     with DatasetWriter(path, schema, array_attributes=facts, input_type=np.float32) as writer:
         parts = list(blocks(order.tolist(), WRITTEN))
         for part in progress(parts, "writing", len(parts)):
-            values = np.stack([images[row] for row in part]).astype(np.float64)
-            inputs = ((values - mean[:, None, None]) / scale[:, None, None]).astype(np.float32)
+            inputs = normalised(np.stack([images[row] for row in part]), mean, scale)
             targets = np.array([pictures[row].label for row in part], np.int64)
             writer.append(SampleRows([pictures[row].id for row in part], targets, inputs), splits[part])
             report.add(splits[part], targets)

@@ -9,6 +9,7 @@ last length of 1, 3 or 4 is taken for the channels.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Iterator, Mapping
@@ -78,6 +79,13 @@ def read_source(source: Path, seed: int) -> tuple[tuple[str, ...], list[Picture]
     """
     if source.is_dir():
         return _read_folder(source, seed)
+    with _opened(source) as file:
+        return _read_arrays(source, {name: file[name] for name in file})
+
+
+@contextlib.contextmanager
+def _opened(source: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """Open an .npz file, and say what is wrong with it, also when an array is read."""
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
     try:
@@ -85,12 +93,40 @@ def read_source(source: Path, seed: int) -> tuple[tuple[str, ...], list[Picture]
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise DataError(f"{source}: one array without labels; give an .npz file with images and labels")
         with file:
-            return _read_arrays(source, {name: file[name] for name in file})
+            yield file
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(
             f"{source}: no .npz file of plain arrays ({error}); images come from an .npz file, or a folder with one"
             " subfolder a class"
         ) from error
+
+
+def pictures_of(source: Path) -> Iterator[Picture]:
+    """Yield the images of a source in its order, whether or not it says their classes.
+
+    Not collective.
+
+    Raises
+    ------
+    DataError
+        The source is missing, damaged or holds no images.
+    """
+    if source.is_dir():
+        files = sorted(file for file in source.rglob("*") if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise DataError(f"{source}: no images")
+        for file in files:
+            yield Picture(file.relative_to(source).as_posix(), 0, None, file)
+        return
+    if source.suffix.lower() != ".npz":
+        yield Picture(source.name, 0, None, source)
+        return
+    with _opened(source) as packed:
+        arrays = {name: packed[name] for name in packed}
+        for images, labels in UNSPLIT_NAMES:
+            if images in arrays:
+                arrays.setdefault(labels, np.zeros(len(arrays[images]), np.int64))
+        yield from _read_arrays(source, arrays)[1]
 
 
 def _read_arrays(source: Path, file: Mapping[str, np.ndarray]) -> tuple[tuple[str, ...], list[Picture]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,20 @@ class Schema:
     def target_shape(self) -> tuple[int, ...]:
         """The shape of one sample's target: ``()`` for a label, else ``(T,)``."""
         return () if self.task == "classification" else (len(self.target_names),)
+
+    def as_json(self) -> str:
+        """Return the schema as text; `from_json` reads it. Not collective."""
+        return json.dumps({item.name: getattr(self, item.name) for item in fields(self)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Schema:
+        """Return the schema that `as_json` wrote; ``ValueError`` for anything else. Not collective."""
+        found = json.loads(text)
+        names = {item.name for item in fields(cls)}
+        if not isinstance(found, dict) or not set(found) <= names:
+            raise ValueError("no schema of a dataset")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+        return cls(**values)
 
     def difference(self, other: Schema) -> str | None:
         """Name the first property in which two parts of one dataset disagree; None where they fit.

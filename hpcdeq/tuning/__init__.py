@@ -1,6 +1,6 @@
 """Solver settings chosen by measurement on a batch of a model."""
 
-from hpcdeq.tuning.cases import Case, SavedRun, fresh_case, layer_case, read_saved_run, stiff_case, trained_case
+from hpcdeq.tuning.cases import Case, fresh_case, layer_case, stiff_case, trained_case
 from hpcdeq.tuning.crossover import Crossover, find_crossover, overtaking
 from hpcdeq.tuning.measure import FORWARD, Measured, Measurement, Setting, Solve, measure_settings, solver_of
 
@@ -10,7 +10,6 @@ __all__ = [
     "Crossover",
     "Measured",
     "Measurement",
-    "SavedRun",
     "Setting",
     "Solve",
     "find_crossover",
@@ -18,7 +17,6 @@ __all__ = [
     "layer_case",
     "measure_settings",
     "overtaking",
-    "read_saved_run",
     "solver_of",
     "stiff_case",
     "trained_case",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from hpcdeq import parallel
 from hpcdeq.data import Dataset
 from hpcdeq.deq import FixedPoint
-from hpcdeq.errors import CheckpointError, DataError, OptionError
+from hpcdeq.errors import DataError, OptionError
 from hpcdeq.models import build_model, model_config
-from hpcdeq.record import SavedModel, load_model
+from hpcdeq.record.restore import load, saved_of
 
 
 @dataclass(frozen=True)
@@ -164,35 +163,28 @@ def fresh_case(
     return _case(source, _built(source, name, settings, seed, dtype, device), name, samples, device, "fresh")
 
 
-def trained_case(run: SavedRun, data: str, samples: int, dtype: torch.dtype, device: str) -> Case:
+def trained_case(run_dir: Path, data: str, samples: int, dtype: torch.dtype, device: str) -> Case:
     """Return the fixed point of a trained model, on the first training samples of a dataset.
 
     Not collective. The run's own options of the layer hold.
 
     Raises
     ------
+    DataError
+        The data are not of the form that the model was trained on.
     CheckpointError
-        The weights do not fit: the data, or hpcdeq, are not those of the run.
+        The run left no model, or a damaged one.
     """
     source = Dataset(data, "train", parallel.SELF, dtype)
-    saved = run.model
-    model = _built(source, saved.model_name, run.settings.get("model_settings", {}), 0, dtype, device)
-    try:
-        model.load_state_dict({**saved.tensors, **saved.buffers})
-    except RuntimeError as error:
-        told = str(error).splitlines()[-1].strip()
-        raise CheckpointError(
-            f"{run.folder}: its weights do not fit the model {saved.model_name} for {data} ({told}); give the --data of the run"
-        ) from error
-    case = _case(source, model, saved.model_name, samples, device, f"trained in {run.folder}")
-    given = {name: _value(value) for name, value in run.settings.get("petsc", {}).items()}
-    own = {name.removeprefix(case.prefix): v for name, v in given.items() if name.startswith(case.prefix)}
-    return replace(case, options={**case.options, **own})
-
-
-def _value(word: Any) -> Any:
-    """Return an option's value as `hpcdeq.FixedPoint` takes it: in the file, a flag is an empty text."""
-    return None if word == "" else word
+    model = load(run_dir, device, dtype)
+    saved = saved_of(model)
+    own, given = saved.schema, source.schema
+    if (own.representation, own.sample_shape) != (given.representation, given.sample_shape):
+        raise DataError(
+            f"{run_dir} was trained on data as {own.representation} {own.sample_shape or ''}, {data} holds"
+            f" {given.representation} {given.sample_shape or ''}: give the --data of the run"
+        )
+    return _case(source, model, saved.model, samples, device, f"trained in {run_dir}")
 
 
 def _built(
@@ -215,30 +207,3 @@ def _case(source: Dataset, model: nn.Module, name: str, samples: int, device: st
         raise DataError(f"{source.path} has no training samples to measure on: prepare more")
     batch = source.batch(slice(0, min(samples, len(source))))[0].to(device=device)
     return layer_case(model, batch, len(batch), f"{name} {state}, {len(batch)} samples of {source.path}")
-
-
-class SavedRun(NamedTuple):
-    """A run directory's best model, and its settings as in config.toml."""
-
-    folder: Path
-    model: SavedModel
-    settings: dict[str, Any]
-
-
-def read_saved_run(folder: Path) -> SavedRun:
-    """Return the best model that a run left behind.
-
-    Not collective.
-
-    Raises
-    ------
-    DataError, CheckpointError
-        There is no such run, or its best.h5 is missing or damaged.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such run directory")
-    saved = load_model(folder / "best.h5")
-    try:
-        return SavedRun(folder, saved, tomllib.loads(saved.config_text))
-    except tomllib.TOMLDecodeError as error:
-        raise CheckpointError(f"{folder / 'best.h5'}: its configuration is no TOML ({error})") from error
