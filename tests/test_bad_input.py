@@ -168,5 +168,5 @@ def test_help_needs_nothing_heavy(run: Run) -> None:
 def test_graphs_do_not_fit_the_mlp(run: Run, tmp_path: Path) -> None:
     source = DATA / "crystals" / "crystals_small.jsonl.gz"
     assert run("-m", "hpcdeq.prepare", "crystals", str(source), "--out", "c.h5", "--limit", "50").returncode == 0
-    says = "model mlp_deq takes data as array, the dataset holds graph: use --model with one of graph_deq"
+    says = "model mlp_deq takes data as array, the dataset holds graph: use --model with one of cgcnn, graph_deq"
     refused(run, tmp_path, "--data", "c.h5", "--model", "mlp_deq", says=says)

@@ -10,32 +10,52 @@ import torch
 from torch import Tensor, nn
 
 from hpcdeq.data import GraphBatch
+from hpcdeq.deq import FixedPoint
 from hpcdeq.errors import DataError, OptionError
 from hpcdeq.models import MODELS, build_model, model_config
 from hpcdeq.models.base import kind_named
-from hpcdeq.models.blocks import BoundedWeight, RadialBasis, mean_over_graphs
+from hpcdeq.models.blocks import BoundedWeight, RadialBasis
+from hpcdeq.models.elements import element_table
+from hpcdeq.models.graph_image import slots
+from hpcdeq.models.message_passing import GatedConvolution, Pooling
 
 SMALL: dict[str, dict[str, object]] = {
+    "cgcnn": {"width": 5, "radial": 4, "head": 6, "depth": 2},
     "conv_deq": {"width": 4, "groups": 2, "pool": 2},
     "deeponet": {"width": 6, "basis": 4},
     "deeponet_deq": {"width": 6, "basis": 4},
     "fno": {"width": 3, "modes": 2},
     "fno_deq": {"width": 3, "modes": 2},
-    "graph_deq": {"width": 5, "radial": 4},
+    "graph_deq": {"width": 5, "radial": 4, "head": 6},
+    "graph_image_deq": {"width": 4, "radial": 4, "head": 6, "neighbours": 3},
+    "graph_image_unrolled": {"width": 4, "radial": 4, "head": 6, "neighbours": 3, "steps": 3},
+    "graph_unrolled": {"width": 5, "radial": 4, "head": 6, "steps": 3},
     "mlp": {"width": 6},
     "mlp_deq": {"width": 6},
 }
 SHAPES: dict[str, tuple[int, ...]] = {
+    "cgcnn": (),
     "conv_deq": (2, 5, 6),
     "deeponet": (2, 3),
     "deeponet_deq": (2, 3),
     "fno": (3, 4),
     "fno_deq": (3, 4),
     "graph_deq": (),
+    "graph_image_deq": (),
+    "graph_image_unrolled": (),
+    "graph_unrolled": (),
     "mlp": (2, 3),
     "mlp_deq": (2, 3),
 }
-EXPLICIT = {"deeponet", "fno", "mlp"}  # the others have a fixed point
+GRAPHS = sorted(name for name, shape in SHAPES.items() if not shape)
+EXPLICIT = {
+    "cgcnn",
+    "deeponet",
+    "fno",
+    "graph_image_unrolled",
+    "graph_unrolled",
+    "mlp",
+}  # the others have a fixed point
 ON_ITS_GRID = {"fno": 12, "fno_deq": 12}  # outputs of models that have one a grid point
 ELSEWHERE = {"monotone_deq"}  # tested in test_wellposed.py: it has no bound on its weights
 OUTPUTS = 3
@@ -94,7 +114,7 @@ def outputs_of(name: str) -> int:
 
 
 def inputs(name: str) -> Tensor | GraphBatch:
-    if name == "graph_deq":
+    if name in GRAPHS:
         return joined([graph(atoms, seed) for seed, atoms in enumerate(ATOMS)])
     return torch.randn(len(ATOMS), *SHAPES[name], dtype=torch.float64)
 
@@ -303,7 +323,9 @@ def test_gradients_are_the_loss_s_slope(name: str) -> None:
 
 
 def tight(model: nn.Module) -> nn.Module:
-    model.equilibrium.options.given |= {"snes_rtol": 1e-13, "snes_atol": 1e-13}
+    for layer in model.modules():
+        if isinstance(layer, FixedPoint):
+            layer.options.given |= {"snes_rtol": 1e-13, "snes_atol": 1e-13}
     return model
 
 
@@ -315,8 +337,9 @@ def test_a_sample_s_output_does_not_depend_on_its_batch(name: str) -> None:
         torch.testing.assert_close(model(x), alone, rtol=0, atol=1e-8)
 
 
-def test_a_graph_s_output_does_not_depend_on_its_batch() -> None:
-    model = tight(built("graph_deq"))
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_s_output_does_not_depend_on_its_batch(name: str) -> None:
+    model = tight(built(name))
     graphs = [graph(atoms, seed) for seed, atoms in enumerate(ATOMS)]
     with torch.no_grad():
         alone = torch.cat([model(each) for each in graphs])
@@ -327,8 +350,9 @@ def test_a_graph_s_output_does_not_depend_on_its_batch() -> None:
     torch.testing.assert_close(backwards.flip(0), alone, rtol=0, atol=1e-8)
 
 
-def test_the_order_of_atoms_does_not_matter() -> None:
-    model, molecule = tight(built("graph_deq")), graph(5, seed=9)
+@pytest.mark.parametrize("name", ["cgcnn", "graph_deq", "graph_unrolled"])  # rows of an image have an order
+def test_the_order_of_atoms_does_not_matter(name: str) -> None:
+    model, molecule = tight(built(name)), graph(5, seed=9)
     with torch.no_grad():
         expected = model(molecule)
         for order in (torch.tensor([4, 3, 2, 1, 0]), torch.tensor([2, 0, 4, 1, 3])):
@@ -337,8 +361,9 @@ def test_the_order_of_atoms_does_not_matter() -> None:
         assert float((model(other) - expected).abs().max()) > 1e-6  # but which atom is where does
 
 
-def test_turning_a_molecule_does_not_matter_stretching_it_does() -> None:
-    model, molecule = tight(built("graph_deq")), graph(5, seed=9)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_turning_a_molecule_does_not_matter_stretching_it_does(name: str) -> None:
+    model, molecule = tight(built(name)), graph(5, seed=9)
     rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
     with torch.no_grad():
         expected = model(molecule)
@@ -361,14 +386,16 @@ def test_messages_go_from_the_source_of_an_edge_to_its_target() -> None:
     assert moved == [[True, True, True], [False, True, True], [False, False, True]]
 
 
-def test_a_copy_of_every_neighbour_changes_nothing() -> None:
+@pytest.mark.parametrize("name", ["cgcnn", "graph_deq"])
+def test_a_copy_of_every_neighbour_changes_nothing(name: str) -> None:
     """Messages are averaged over an atom's neighbours, not summed."""
-    model, molecule = tight(built("graph_deq")), graph(4, seed=2)
+    model, molecule = tight(built(name)), graph(4, seed=2)
     twice = dataclasses.replace(
         molecule,
         edge_source=molecule.edge_source.repeat(2),
         edge_target=molecule.edge_target.repeat(2),
         edge_vector=molecule.edge_vector.repeat(2, 1),
+        edge_bond=molecule.edge_bond.repeat(2),
     )
     with torch.no_grad():
         torch.testing.assert_close(model(twice), model(molecule), rtol=0, atol=1e-8)
@@ -425,7 +452,98 @@ def test_radial_functions_peak_at_their_centres() -> None:
     assert RadialBasis(1, 6.0)(torch.tensor([0.0, 6.0])).flatten().tolist() == pytest.approx([1.0, np.exp(-1.0)])
 
 
-def test_means_are_over_each_graph() -> None:
-    values = torch.tensor([[1.0], [3.0], [5.0]])
-    found = mean_over_graphs(values, torch.tensor([0, 0, 2]), 4)
-    assert found.flatten().tolist() == [2.0, 0.0, 5.0, 0.0]  # a graph without atoms has none
+def test_pooling_is_over_each_graph() -> None:
+    """The first half is the mean; the second, with equal attention everywhere, as well."""
+    pooling = Pooling(1)
+    with torch.no_grad():
+        pooling.score.weight.zero_()
+    batch = dataclasses.replace(graph(3, seed=0), node_graph=torch.tensor([0, 0, 2]), num_graphs=3)
+    found = pooling(torch.tensor([[1.0], [3.0], [5.0]]), batch).detach()
+    assert found[:, 0].tolist() == [2.0, 0.0, 5.0]  # a graph without atoms has none
+    torch.testing.assert_close(found[:, 1], found[:, 0], rtol=1e-5, atol=0)
+    with torch.no_grad():
+        pooling.score.weight.fill_(40.0)
+        pooling.score.bias.fill_(-80.0)
+    looked = pooling(torch.tensor([[1.0], [3.0], [5.0]]), batch).detach()
+    torch.testing.assert_close(looked[:, 1], torch.tensor([3.0, 0.0, 5.0]), rtol=1e-5, atol=0)
+
+
+# ------------------------------------------------------------------------------------------ message passing, images
+
+
+def test_a_gated_convolution_is_its_formula() -> None:
+    """Against a loop over atoms and their edges."""
+    batch, layer = graph(4, seed=3), GatedConvolution(3, 2).double()
+    h, edges = torch.randn(4, 3, dtype=torch.float64), torch.randn(len(batch.edge_source), 2, dtype=torch.float64)
+    rows = []
+    for i in range(4):
+        messages = []
+        for e in (batch.edge_target == i).nonzero().flatten().tolist():
+            mixed = layer.own(h[i]) + layer.other(h[batch.edge_source[e]]) + layer.edge(edges[e])
+            messages.append(torch.sigmoid(mixed[:3]) * torch.nn.functional.silu(mixed[3:]))
+        rows.append(h[i] + layer.norm(torch.stack(messages).mean(dim=0)))
+    torch.testing.assert_close(layer(h, edges, batch), torch.stack(rows))
+
+
+def test_bonds_are_told_from_each_other() -> None:
+    """A double bond gives another output than a single one, with every model of graphs."""
+    for name in GRAPHS:
+        model, molecule = built(name), graph(4, seed=1)
+        first, second = (
+            dataclasses.replace(molecule, edge_bond=torch.full_like(molecule.edge_bond, k)) for k in (1, 2)
+        )
+        with torch.no_grad():
+            assert float((model(first) - model(second)).abs().max()) > 1e-5, name
+
+
+def test_an_unrolled_cell_approaches_the_fixed_point() -> None:
+    """With the weights of a DEQ, its twin's output comes near as it takes more steps: another way to the same solution."""
+    for deq, twin in (("graph_deq", "graph_unrolled"), ("graph_image_deq", "graph_image_unrolled")):
+        model = tight(built(deq))
+        with torch.no_grad():
+            expected = model(inputs(deq))
+            errors = []
+            for steps in (2, 20, 200):
+                other = built(twin, steps=steps)
+                other.load_state_dict(model.state_dict())
+                errors.append(float((other(inputs(deq)) - expected).abs().max()))
+        assert errors[0] > 10 * errors[1] and errors[2] < 1e-10, (deq, errors)
+
+
+def test_twins_have_as_many_weights() -> None:
+    for deq, twin in (("graph_deq", "graph_unrolled"), ("graph_image_deq", "graph_image_unrolled")):
+        one, other = (sum(p.numel() for p in built(name).parameters()) for name in (deq, twin))
+        assert one == other
+
+
+def test_a_graph_image_has_the_nearest_neighbours_in_its_columns() -> None:
+    """Two nearest of every atom, in rows of atoms, graph by graph; nothing else; edges in any order."""
+    graphs = [graph(atoms, seed) for seed, atoms in enumerate(ATOMS)]
+    batch = joined(graphs)
+    shuffle = torch.randperm(len(batch.edge_source))
+    mixed = dataclasses.replace(
+        batch,
+        edge_source=batch.edge_source[shuffle],
+        edge_target=batch.edge_target[shuffle],
+        edge_vector=batch.edge_vector[shuffle],
+        edge_bond=batch.edge_bond[shuffle],
+    )
+    edge, place, size = slots(mixed, 2)
+    assert size == (4, 4, 2)
+    expected = {}
+    first = np.cumsum([0, *ATOMS])
+    for i in range(len(batch.atomic_number)):
+        own = (mixed.edge_target == i).nonzero().flatten()
+        number = int(np.searchsorted(first, i, side="right")) - 1
+        for column, e in enumerate(own[mixed.edge_distance[own].argsort()][:2].tolist()):
+            expected[(number * 4 + i - int(first[number])) * 2 + column] = e
+    assert dict(zip(place.tolist(), edge.tolist(), strict=True)) == expected
+
+
+def test_elements_that_are_alike_have_alike_features() -> None:
+    """Standardised over the elements; sodium is nearer to potassium than to chlorine, iron to cobalt than to neon."""
+    table = element_table()
+    assert table.shape[0] == 119 and not table[0].any()
+    assert float(table[1:].mean(dim=0).abs().max()) < 1e-5
+    distance = torch.cdist(table, table)
+    assert distance[11, 19] < distance[11, 17] and distance[26, 27] < distance[26, 10]

@@ -273,10 +273,3 @@ class RadialBasis(nn.Module):
     def forward(self, distance: Tensor) -> Tensor:
         """Return ``(E, count)`` from distances ``(E,)`` in Å."""
         return torch.exp(-(((distance[:, None] - self.centres) * self.inverse_width) ** 2))
-
-
-def mean_over_graphs(values: Tensor, node_graph: Tensor, count: int) -> Tensor:
-    """Return the mean of node values ``(n, d)`` over each of ``count`` graphs, ``(count, d)``. Not collective."""
-    total = values.new_zeros(count, values.shape[1]).index_add(0, node_graph, values)
-    sizes = torch.bincount(node_graph, minlength=count).clamp(min=1)
-    return total / sizes[:, None].to(values.dtype)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from hpcdeq.data import GraphBatch
 from hpcdeq.deq import FixedPoint
 from hpcdeq.models.base import ModelKind, register
-from hpcdeq.models.blocks import BoundedWeight, RadialBasis, mean_over_graphs
-
-ELEMENTS = 119  # atomic numbers to 118, and 0 for none
+from hpcdeq.models.blocks import BoundedWeight
+from hpcdeq.models.elements import ElementEmbedding
+from hpcdeq.models.message_passing import EdgeFeatures, GatedConvolution, Pooling, Unrolled
 
 
 @dataclass(frozen=True)
@@ -23,22 +23,41 @@ class GraphDeqConfig:
     ----------
     width
         Numbers of an atom's state.
+    encoder
+        Explicit convolutions before the equilibrium, which say what is injected.
     radial
         Gaussians that a distance is written in.
     cutoff
         Centre of the last of them, Å.
+    head
+        Units of the hidden layer after pooling.
     bound
-        Bound on the spectral norms of the two recurrent weights together; below 1 every crystal has its fixed point
+        Bound on the spectral norms of the two recurrent weights together; below 1 every graph has its fixed point
         whatever the weights become.
     contraction
         Those norms at initialisation.
     """
 
-    width: int = 32
-    radial: int = 16
+    width: int = 64
+    encoder: int = 1
+    radial: int = 24
     cutoff: float = 6.0
+    head: int = 128
     bound: float = 0.95
     contraction: float = 0.6
+
+
+@dataclass(frozen=True)
+class UnrolledGraphConfig(GraphDeqConfig):
+    """Settings of its explicit twin.
+
+    Attributes
+    ----------
+    steps
+        Times that the cell is applied.
+    """
+
+    steps: int = 10
 
 
 @dataclass(frozen=True)
@@ -122,25 +141,34 @@ class GraphDeq(nn.Module):
     def __init__(self, config: GraphDeqConfig, input_shape: tuple[int, ...], output_size: int) -> None:
         super().__init__()
         d = config.width
-        self.element = nn.Embedding(ELEMENTS, d)
-        self.radial = RadialBasis(config.radial, config.cutoff)
-        self.distance_gate = nn.Linear(config.radial, d)
+        self.element = ElementEmbedding(d)
+        self.edges = EdgeFeatures(config.radial, config.cutoff)
+        self.encoder = nn.ModuleList(GatedConvolution(d, self.edges.width) for _ in range(config.encoder))
+        self.edge_gate = nn.Linear(self.edges.width, d)
         self.source_gate = nn.Linear(d, d, bias=False)
         self.target_gate = nn.Linear(d, d, bias=False)
         self.own = BoundedWeight(d, config.bound / 2, config.contraction / 2)
         self.message = BoundedWeight(d, config.bound / 2, config.contraction / 2)
-        self.equilibrium = FixedPoint(MessageCell(), sample_index=lambda given: given.node_graph)
-        self.hidden = nn.Linear(2 * d, d)
-        self.head = nn.Linear(d, output_size)
+        cell = MessageCell()
+        self.equilibrium: nn.Module = (
+            Unrolled(cell, config.steps)
+            if isinstance(config, UnrolledGraphConfig)
+            else FixedPoint(cell, sample_index=lambda given: given.node_graph)
+        )
+        self.pooling = Pooling(2 * d)
+        self.hidden = nn.Linear(4 * d, config.head)
+        self.head = nn.Linear(config.head, output_size)
 
     def inject(self, batch: GraphBatch) -> Injection:
         """Return what the cell needs of a batch."""
-        atoms = self.element(batch.atomic_number)
+        atoms, edges = self.element(batch.atomic_number), self.edges(batch)
+        for convolution in self.encoder:
+            atoms = convolution(atoms, edges, batch)
         source, target = batch.edge_source, batch.edge_target
         into = torch.bincount(target, minlength=len(atoms)).to(atoms.dtype)
         out_of = torch.bincount(source, minlength=len(atoms)).to(atoms.dtype)
         gate = torch.tanh(
-            self.distance_gate(self.radial(batch.edge_distance))
+            self.edge_gate(edges)
             + self.source_gate(atoms).index_select(0, source)
             + self.target_gate(atoms).index_select(0, target)
         )
@@ -151,9 +179,9 @@ class GraphDeq(nn.Module):
         """Return ``(B, output_size)`` for a batch of B graphs."""
         injection = self.inject(batch)
         z = self.equilibrium(injection)
-        features = torch.cat([z, injection.node], dim=1)
-        pooled = mean_over_graphs(features, batch.node_graph, batch.num_graphs)
+        pooled = self.pooling(torch.cat([z, injection.node], dim=1), batch)
         return self.head(torch.nn.functional.silu(self.hidden(pooled)))
 
 
 register("graph_deq", ModelKind(GraphDeqConfig, "graph", GraphDeq))
+register("graph_unrolled", ModelKind(UnrolledGraphConfig, "graph", GraphDeq))
