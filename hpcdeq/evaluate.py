@@ -143,6 +143,9 @@ def _insert(given: dict[str, str]) -> None:
     from hpcdeq.petsc.options import check_types, insert_options
     from hpcdeq.petsc.vocabulary import check_options
 
+    for name in given:
+        if name.startswith("tao_"):
+            raise OptionError(f"-{name} is not for an evaluation, which trains nothing: leave it out")
     check_options([f"-{name}" for name in given], PREFIXES)
     check_types(given)
     insert_options(given)

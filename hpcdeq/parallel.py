@@ -21,6 +21,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, HpcdeqError, RankError
+from hpcdeq.startup import leave_with_parent
 
 T = TypeVar("T")
 Comm = MPI.Intracomm
@@ -206,7 +207,8 @@ def workers(comm: Comm, processes: int) -> Iterator[Executor | None]:
         with MPICommExecutor(comm, root=0) as executor:
             yield cast(Executor | None, executor)
     else:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as executor:
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=spawn, initializer=leave_with_parent) as executor:
             yield executor
 
 

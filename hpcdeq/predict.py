@@ -164,6 +164,9 @@ def main(arguments: list[str]) -> int:
     begin = time.perf_counter()
     with parallel.agreement(comm):
         given = named_options(petsc)
+        foreign = [name for name in given if not name.startswith(PREFIXES)]
+        if foreign:
+            raise OptionError(f"-{foreign[0]} is not for a prediction, which trains nothing: leave it out")
         check_options([f"-{name}" for name in given], PREFIXES)
         check_types(given)
         PETSC_ARGUMENTS[:] = [word for name, value in given.items() for word in (f"-{name}", value) if word]

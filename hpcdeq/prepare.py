@@ -50,28 +50,44 @@ class Kind:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' are not numbers with commas between them; e.g. 0.01,3.0") from None
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
-def _structure_kind(name: str, summary: str, learned: str, neighbours_of: str, advice: str) -> Kind:
-    """Return a kind of periodic structures."""
+def _structure_kind(name: str, summary: str, learned: str, group: str, least_distance: float) -> Kind:
+    """Return a kind of periodic structures; what ``learned``, ``group`` and ``least_distance`` say are its defaults."""
 
     def add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "source",
             metavar="SOURCE",
-            help="CIF folder with id_prop.csv (or another .csv), .jsonl[.gz], pymatgen's .json[.gz], or what ASE reads",
+            help="folder of .cif with id_prop.csv (or one other .csv: a line of column names, the first id or filename),"
+            " .jsonl[.gz], pymatgen's .json[.gz], or .xyz, .extxyz, .traj, .db, .vasp through ASE",
         )
         _label_options(parser, learned)
-        parser.add_argument("--neighbours", type=int, metavar="K", help="edges an atom (default 12; 0: by radius)")
-        parser.add_argument("--radius", type=float, metavar="R", help="no edge is longer, angstrom (default: none)")
-        parser.add_argument("--group", metavar="KEY", help=f"formula, family or a field: {neighbours_of}")
         parser.add_argument(
-            "--least-distance", type=float, metavar="D", help="leave out structures with nearer atoms, angstrom"
+            "--neighbours", type=int, metavar="K", help="nearest neighbours of an atom (default 12; 0: all within R)"
+        )
+        parser.add_argument(
+            "--radius", type=float, metavar="R", help="no neighbour is farther away, angstrom (default: no limit)"
+        )
+        parser.add_argument(
+            "--group",
+            metavar="KEY",
+            help=f"rows that share it never straddle splits: formula, family (a field, or CSD refcode), or the name of"
+            f" another field (default {group})",
+        )
+        parser.add_argument(
+            "--least-distance",
+            type=float,
+            metavar="D",
+            help=f"leave out structures with two atoms nearer than this, angstrom (default {least_distance:g})",
         )
 
     def build(options: argparse.Namespace, command: str) -> Report:
@@ -92,7 +108,7 @@ def _structure_kind(name: str, summary: str, learned: str, neighbours_of: str, a
             progress=_progress(options),
         )
 
-    return Kind(summary, add_options, build, advice=advice)
+    return Kind(summary, add_options, build)
 
 
 def _molecule_options(parser: argparse.ArgumentParser) -> None:
@@ -133,13 +149,17 @@ def _build_molecules(options: argparse.Namespace, command: str) -> Report:
 def _label_options(parser: argparse.ArgumentParser, learned: str) -> None:
     """Add the options that say what is learned of each row, and how rows are shared out and worked on."""
     parser.add_argument("--property", metavar="NAME", help=f"what to learn ({learned})")
-    parser.add_argument("--thresholds", type=_numbers, metavar="A,B,...", help="bounds of classes")
-    parser.add_argument("--classes", type=_names, metavar="A,B,...", help="their names, one more than thresholds")
-    parser.add_argument("--class-column", metavar="NAME", help="learn the classes that this property names")
+    parser.add_argument(
+        "--thresholds", type=_numbers, metavar="A,B,...", help="bounds of classes; a value on one is above it"
+    )
+    parser.add_argument("--classes", type=_names, metavar="A,B,...", help="their names, one more than bounds")
+    parser.add_argument("--class-column", metavar="NAME", help="learn the classes named in this column or field")
     parser.add_argument("--regression", action="store_true", help="learn the value instead of a class")
     parser.add_argument("--units", help="unit of the property")
     parser.add_argument("--validation-fraction", type=float, default=0.1, metavar="F", help="default 0.1")
-    parser.add_argument("--processes", type=int, metavar="N", help="local processes (default all cores; not under MPI)")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="local processes (default: all cores; under MPI its ranks)"
+    )
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -158,6 +178,10 @@ def _labels(options: argparse.Namespace, preset: Labelling) -> Labelling:
         return Labelling(options.class_column, classes=options.classes or (), named=True, regression=options.regression)
     name = options.property or preset.property_name
     usual = name == preset.property_name
+    if options.regression:
+        wrong = _given(options, "thresholds", "classes")
+        if wrong:
+            raise OptionError(f"--regression learns the value itself: drop --{next(iter(wrong))}")
     if not options.regression and not usual and options.thresholds is None:
         raise OptionError(f"--property {name}: say --thresholds A,B,... for classes, or --regression")
     if options.regression and not usual and options.units is None:
@@ -259,15 +283,15 @@ KINDS = {
         "crystals",
         "structures with a property, as graphs of neighbours",
         "default band_gap, at 0.01 and 3 eV: metal, semiconductor, insulator",
-        "rows of one never straddle splits (default formula)",
-        "",
+        "formula",
+        0.1,
     ),
     "frameworks": _structure_kind(
         "frameworks",
         "metal-organic frameworks by pore size, as graphs of neighbours",
         "default LCD, at 5 and 7 angstrom: small, medium, large",
-        "rows of one never straddle splits (default family: field, or refcode)",
-        "",
+        "family",
+        0.5,
     ),
     "molecules": Kind("molecules with a property, as graphs of atoms", _molecule_options, _build_molecules),
     "images": Kind(
@@ -316,7 +340,9 @@ def main(arguments: list[str]) -> int:
 
 def _list_skipped(out: Path, skipped: list[Skipped]) -> Path:
     """Write all skipped rows next to the dataset, and remove the list of an earlier run where there are none."""
-    listing = out.with_suffix(".skipped.csv")
+    from hpcdeq.builders.samples import SKIPPED_LIST
+
+    listing = out.with_suffix(SKIPPED_LIST)
     try:
         if not skipped:
             listing.unlink(missing_ok=True)

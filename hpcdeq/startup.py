@@ -1,8 +1,11 @@
-"""What must be known before PETSc, MPI or torch are imported: the command line's PETSc options."""
+"""What comes before PETSc, MPI or torch are imported: the command line's PETSc options, and the life of workers."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+import threading
 
 # `hpcdeq.petsc` initialises PETSc with these; a command fills them in before it imports anything of PETSc's.
 PETSC_ARGUMENTS: list[str] = []
@@ -28,3 +31,18 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
         if words and not _OPTION.match(words[0]) and not words[0].startswith("--"):
             petsc.append(words.pop(0))
     return own, petsc
+
+
+def leave_with_parent() -> None:
+    """End this worker process as soon as the process that started it is gone, even if that was killed outright.
+
+    Not collective. An idle worker would wait for its next task for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -27,7 +27,7 @@ FLOORS = [
     {"tuning"},
     {"report"},
     {"config"},
-    {"train", "prepare", "doctor", "predict", "compare", "study", "campaign"},
+    {"train", "prepare", "doctor", "predict", "evaluate", "compare", "study", "campaign"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 COMMANDS = FLOORS[-1]
@@ -36,7 +36,7 @@ ROOMS = {"mpi4py": {"parallel"}, "petsc4py": {"petsc"}, "hpcdeq.petsc": {"petsc"
 # What says in plain text which PETSc this is, for anyone.
 OPEN = {"hpcdeq.petsc.facts"}
 # Costly, or needed by one command only: never imported with the module.
-LAZY = {"pymatgen", "rdkit", "matplotlib"}
+LAZY = {"pymatgen", "rdkit", "matplotlib", "sklearn"}
 SAYS_WHO_CALLS = {"parallel", "petsc", "deq", "problem", "optim"}
 LONGEST = 400
 # A contract of torch's: its subclasses' methods need no docstring of their own.

@@ -187,6 +187,7 @@ def test_bad_usage(run_of_crystals: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for words, told in (
         (["--limit", "0"], "--limit 0: at least 1"),
         (["-deq_snes_max_itt", "3"], "did you mean -deq_snes_max_it"),
+        (["-tao_gatol", "3"], "-tao_gatol is not for a prediction, which trains nothing: leave it out"),
         (["--out", str(tmp_path / "no" / "p.csv")], "give a file name in a folder that exists"),
     ):
         with pytest.raises(hpcdeq.HpcdeqError, match=told):

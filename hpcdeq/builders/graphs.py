@@ -6,6 +6,7 @@ stopped, and memory is bounded by some blocks.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ import numpy as np
 from hpcdeq import parallel
 from hpcdeq.builders.labelling import Labelling
 from hpcdeq.builders.samples import (
+    SKIPPED_LIST,
     Progress,
     Report,
     Skipped,
@@ -31,11 +33,13 @@ from hpcdeq.builders.samples import (
     silent,
     straddling,
 )
-from hpcdeq.builders.spool import Built, Spool
+from hpcdeq.builders.spool import BlockError, Built, Spool
 from hpcdeq.data.rows import SampleRows
 from hpcdeq.data.schema import SPLITS, Schema
 from hpcdeq.data.writer import DatasetWriter
 from hpcdeq.errors import DataError, OptionError
+
+FOLDER_FILES = (".cif", ".csv", ".xyz")  # what a source that is a folder consists of
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,8 @@ class Assembly:
         try:
             count = self._build(spool, executor, ahead, progress)
             self._write(spool, count, progress)
+        except BlockError:
+            raise
         except DataError:  # the next run will have another source, or another folder
             spool.remove()
             raise
@@ -170,13 +176,18 @@ class Assembly:
 
     def _made_of(self) -> dict[str, Any]:
         """Return what the built rows depend on."""
-        files = [self.source, *(sorted(self.source.glob("*.csv")) if self.source.is_dir() else ())]
-        stamps = [
-            (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()
-        ]
+        files = [self.source]
+        if self.source.is_dir():  # in which the dataset and what is said about it may lie, too
+            files = sorted(file for file in self.source.iterdir() if file.suffix.lower() in FOLDER_FILES)
+        stamps = hashlib.sha256()
+        for file in files:
+            if file.is_file() and not file.name.endswith(SKIPPED_LIST):
+                found = file.stat()
+                stamps.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode(errors="replace"))
         versions = provenance("", "", self.recipe.packages)["versions"]
         return {
-            "source": stamps,
+            "source": str(self.source.resolve()),
+            "files": stamps.hexdigest(),
             "settings": repr(self.recipe.settings),
             "labels": repr(self.labels),
             "limit": self.shares.limit,

@@ -43,12 +43,14 @@ class Labelling:
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
+        if len(set(self.classes)) < len(self.classes) or not all(self.classes):
+            raise OptionError(f"--classes {','.join(self.classes)}: every class has a name of its own")
         if self.regression or self.named:
             if self.regression and self.named:
                 raise OptionError(f"{self.property_name}: names of classes are no numbers; drop --regression")
             return
-        if not self.thresholds or any(np.diff(self.thresholds) <= 0):
-            raise OptionError(f"--thresholds {self.thresholds} are not increasing; e.g. --thresholds 0.01,3.0")
+        if not self.thresholds or any(np.diff(self.thresholds) <= 0) or not np.isfinite(self.thresholds).all():
+            raise OptionError(f"--thresholds {self.thresholds} are not increasing numbers; e.g. --thresholds 0.01,3.0")
         if len(self.classes) != len(self.thresholds) + 1:
             wanted = len(self.thresholds) + 1
             raise OptionError(f"{len(self.classes)} class names for {wanted} classes; say --classes with {wanted}")
@@ -65,9 +67,10 @@ class Labelling:
         """
         if not self.named:
             return number(self.property_name, found)
-        if found is None or not str(found).strip():
+        name = "" if found is None else str(found).strip()
+        # What numpy and pandas write for a missing value is no name of a class, unless it is said to be one.
+        if not name or (name.lower() == "nan" and name not in self.classes):
             raise ValueError(f"no {self.property_name}")
-        name = str(found).strip()
         if self.classes and name not in self.classes:
             raise ValueError(f"{self.property_name} is '{name}', not one of {', '.join(self.classes)}")
         return name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ ENDINGS = {
     XYZ: (".xyz", ".extxyz"),
     ENTRY: (".jsonl", ".ndjson"),
 }
-ACCEPTED = "a table with SMILES (.csv[.gz], .tsv), .sdf[.gz], .xyz (also a folder of them with {TABLE}) or .jsonl[.gz]"
+ACCEPTED = f"a table with SMILES (.csv[.gz], .tsv), .sdf[.gz], .xyz (also a folder of them with {TABLE}) or .jsonl[.gz]"
 PAIR = re.compile(r"""([A-Za-z_][\w-]*)=(?:"([^"]*)"|'([^']*)'|(\S+))""")  # of an extended xyz file's comment
 
 
@@ -57,7 +58,7 @@ def source_rows(source: Path) -> Iterator[MoleculeRow]:
     try:
         with opener(source, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
             yield from READERS[form](source, file)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise DataError(f"{source}: cannot be read to its end ({error}); copy it again") from error
 
 

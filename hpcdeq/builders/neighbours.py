@@ -49,6 +49,9 @@ def neighbours_of(
     """
     positions = np.ascontiguousarray(np.asarray(frac, float) @ lattice)
     atoms = len(positions)
+    shortest = float(np.linalg.norm(lattice, axis=1).min())
+    if shortest < least_distance:  # before the search, which would list thousands of images
+        raise ValueError(f"a lattice vector of {shortest:.3g} A: atoms overlap with their own images")
     if radius > 0:
         target, source, image, distance = _within(lattice, positions, radius)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hpcdeq.builders.labelling import Labelling, Value
@@ -39,9 +40,9 @@ class StructureSettings:
         """Refuse values that make no sense."""
         if self.neighbours < 0 or (self.neighbours == 0 and self.radius == 0):
             raise OptionError(f"--neighbours {self.neighbours}: at least 1, or 0 with a --radius")
-        if not self.radius >= 0:
+        if not 0 <= self.radius < math.inf:
             raise OptionError(f"--radius {self.radius}: a length in angstrom, or 0 for none")
-        if not self.least_distance >= 0:
+        if not 0 <= self.least_distance < math.inf:
             raise OptionError(f"--least-distance {self.least_distance}: a length in angstrom")
 
 

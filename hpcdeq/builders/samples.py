@@ -18,6 +18,7 @@ from hpcdeq.errors import DataError
 
 BLOCK = 64  # rows a task: large enough to hide the cost of sending it, small enough to share out evenly
 TEST_FRACTION = 0.1
+SKIPPED_LIST = ".skipped.csv"  # end of the name of the list of skipped rows, which lies beside a dataset
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")

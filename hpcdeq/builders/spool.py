@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ import numpy as np
 
 from hpcdeq.builders.labelling import Value
 from hpcdeq.builders.samples import Skipped
-from hpcdeq.data.graphs import EDGE_FIELDS, NODE_FIELDS, GraphArrays
+from hpcdeq.data.graphs import EDGE_FIELDS, NODE_FIELDS, GraphArrays, no_graphs
 from hpcdeq.errors import DataError
 
 OFFSETS = ("node_offset", "edge_offset")
+LABEL = "made_of.json"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Built:
     skipped: Sequence[Skipped]
 
 
+class BlockError(DataError):
+    """A block that cannot be written; those before it stay, for the same command once there is room."""
+
+
 class Spool:
     """A folder of blocks.
 
@@ -58,17 +64,24 @@ class Spool:
     ----------
     found
         Blocks that were there already.
+
+    Raises
+    ------
+    DataError
+        The folder cannot be made, or holds something else.
     """
 
     def __init__(self, folder: Path, made_of: Mapping[str, Any]) -> None:
         self.folder = folder
         told = json.dumps(made_of, sort_keys=True, default=str)
-        label = folder / "made_of.json"
-        if folder.exists() and not (label.is_file() and label.read_text(encoding="utf-8") == told):
-            self.remove()
+        label = folder / LABEL
+        if folder.is_dir() and any(folder.iterdir()) and not label.is_file():
+            raise DataError(f"{folder} is in the way, and not of hpcdeq's making; move it, or give another --out")
         try:
-            folder.mkdir(exist_ok=True)
-            label.write_text(told, encoding="utf-8")
+            if not label.is_file() or label.read_text(encoding="utf-8", errors="replace") != told:
+                self.remove()
+                folder.mkdir(exist_ok=True)
+                label.write_text(told, encoding="utf-8")
         except OSError as error:
             raise DataError(f"cannot write {folder}: {error}; give another --out") from error
         self.found = sum(1 for _ in folder.glob("*.npz"))
@@ -78,7 +91,7 @@ class Spool:
         return self._path(number).is_file()
 
     def save(self, number: int, built: Built) -> None:
-        """Write a block; a reader sees all of it or nothing."""
+        """Write a block; a reader sees all of it or nothing. `BlockError` where it cannot be written."""
         graphs = {name: getattr(built.graphs, name) for name in (*OFFSETS, *NODE_FIELDS, *EDGE_FIELDS)}
         texts = {
             "ids": built.ids,
@@ -94,20 +107,22 @@ class Spool:
                 np.savez(file, allow_pickle=False, values=np.array(built.values), **arrays)
             part.replace(self._path(number))
         except OSError as error:
-            raise DataError(f"cannot write {self._path(number)}: {error}; the blocks before it are kept") from error
+            raise BlockError(
+                f"cannot write {self._path(number)}: {error}; the blocks before it are kept: make room, and type the same"
+                " command again"
+            ) from error
 
     def load(self, number: int, *, graphs: bool = True) -> Built:
-        """Read a block, on request without its graphs (which are then empty)."""
-        with np.load(self._path(number), allow_pickle=False) as file:
-            texts = {name: file[name].tolist() for name in ("ids", "splits", "groups")}
-            skipped = [Skipped(*pair) for pair in zip(file["skipped_rows"], file["skipped_reasons"], strict=True)]
-            zero = np.zeros(1, np.int64)
-            names = (*OFFSETS, *NODE_FIELDS, *EDGE_FIELDS) if graphs else ()
-            arrays = {name: file[name] for name in names} or {
-                **dict.fromkeys(OFFSETS, zero),
-                **{name: np.zeros(0, kind) for name, kind in (NODE_FIELDS | EDGE_FIELDS).items()},
-            }
-            return Built(values=file["values"].tolist(), graphs=GraphArrays(**arrays), skipped=skipped, **texts)
+        """Read a block, on request without its graphs (which are then empty). `DataError` where it is damaged."""
+        try:
+            with self._path(number).open("rb") as data, np.load(data, allow_pickle=False) as file:
+                texts = {name: file[name].tolist() for name in ("ids", "splits", "groups", "values")}
+                rows, reasons = file["skipped_rows"].tolist(), file["skipped_reasons"].tolist()
+                arrays = {name: file[name] for name in ((*OFFSETS, *NODE_FIELDS, *EDGE_FIELDS) if graphs else ())}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self._path(number)}: damaged ({error}); type the same command again") from error
+        skipped = [Skipped(*pair) for pair in zip(rows, reasons, strict=True)]
+        return Built(graphs=GraphArrays(**arrays) if graphs else no_graphs(), skipped=skipped, **texts)
 
     def remove(self) -> None:
         """Delete the folder."""

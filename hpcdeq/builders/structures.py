@@ -10,30 +10,32 @@ import gzip
 import json
 import re
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from hpcdeq.builders.cif import ordered_atoms, read_cif
 from hpcdeq.builders.labelling import Labelling, Value
+from hpcdeq.builders.samples import SKIPPED_LIST
 from hpcdeq.data.rows import HEAVIEST
 from hpcdeq.errors import DataError
 
-if TYPE_CHECKING:
-    from pymatgen.core import Structure
-
 LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 DOCUMENTS = (".json", ".json.gz")
-ASE = (".xyz", ".extxyz", ".traj", ".db", ".vasp", ".poscar", ".cif")
+ASE = (".xyz", ".extxyz", ".traj", ".db", ".vasp", ".poscar")
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 ID_KEYS = ("id", "material_id", "entry_id", "task_id", "name", "filename", "cif_id", "refcode")
+FILE_KEYS = ("filename", "cif_id")  # of them, those that name the file where another names the row
 TABLE = "id_prop.csv"
+FARTHEST = 1e6  # cells: farther away the coordinates of an atom are only good to 1e-9 A
 ANY = ""  # name of the only property of a table without a header
 ACCEPTED = (
-    f"a folder of CIF files (with {TABLE} or another .csv), JSON lines (.jsonl[.gz]), pymatgen's JSON (.json[.gz]), or what"
-    f" ASE reads ({', '.join(ASE)})"
+    f"a folder of CIF files (with {TABLE} or another .csv), JSON lines (.jsonl[.gz]), pymatgen's JSON (.json[.gz]), one"
+    f" .cif, or what ASE reads ({', '.join(ASE)})"
 )
 REFCODE = re.compile(r"[A-Z]{6}(?![A-Za-z])")  # of the Cambridge Structural Database: six letters name a family
 
@@ -97,6 +99,8 @@ def source_rows(source: Path) -> Iterator[SourceRow]:
         yield from _line_rows(source)
     elif name.endswith(DOCUMENTS):
         yield from _document_rows(source)
+    elif name.endswith(".cif"):
+        yield SourceRow(source.stem, source, {"id": source.stem})
     elif name.endswith(ASE):
         yield from _ase_rows(source)
     else:
@@ -123,7 +127,10 @@ def read_structure(row: SourceRow, labels: Labelling | None, group: str) -> tupl
     name = row.name
     try:
         if isinstance(row.payload, Path):
-            structure, entry = _from_cif(row.payload), row.table
+            entry = row.table
+            if labels is not None:  # first: parsing takes long
+                _refuse_unlabelled(labels, entry)
+            structure: Parts = *read_cif(row.payload), {}
         else:
             found = json.loads(row.payload) if isinstance(row.payload, str) else row.payload
             if not isinstance(found, Mapping):
@@ -155,14 +162,21 @@ def split_named(found: Any) -> str | None:
     return SPLIT_NAMES[found]
 
 
+def _refuse_unlabelled(labels: Labelling, table: Mapping[str, Any]) -> None:
+    found = _lookup(table, {}, labels.property_name)
+    if found is None and table.keys() == {"id"}:
+        raise ValueError(f"no {labels.property_name}: a CIF file has none, and there is no {TABLE} beside it that does")
+    labels.value(found)
+
+
 def _group(kind: str, identity: str, entry: Mapping[str, Any], atoms: np.ndarray) -> str:
     if kind not in ("formula", "family"):
-        if entry.get(kind) is None:
+        if entry.get(kind) in (None, ""):
             raise ValueError(f"no {kind}, which is to name its relatives (--group)")
         return str(entry[kind])
     if kind == "family":
         refcode = REFCODE.match(identity)
-        if entry.get("family") is not None:
+        if entry.get("family") not in (None, ""):
             return str(entry["family"])
         if refcode:
             return refcode.group()
@@ -178,8 +192,14 @@ def reason_of(error: Exception) -> str:
 
 
 def _cif_rows(folder: Path) -> Iterator[SourceRow]:
-    """Yield the rows of a folder's table; without one, its CIF files, which then have no property."""
-    tables = [folder / TABLE] if (folder / TABLE).is_file() else sorted(folder.glob("*.csv"))
+    """Yield the rows of a folder's table; without one, its CIF files, which then have no property.
+
+    A first line with one of `ID_KEYS` names the columns; without it they are file and property. The file of a row is named
+    by one of `FILE_KEYS`, else by the first of `ID_KEYS` among the columns.
+    """
+    tables = [folder / TABLE]
+    if not tables[0].is_file():
+        tables = sorted(path for path in folder.glob("*.csv") if not path.name.endswith(SKIPPED_LIST))
     if len(tables) > 1:
         raise DataError(f"{folder}: {len(tables)} tables of properties and no {TABLE}; SOURCE is {ACCEPTED}")
     if not tables:
@@ -189,37 +209,47 @@ def _cif_rows(folder: Path) -> Iterator[SourceRow]:
         for path in files:
             yield SourceRow(path.stem, path, {"id": path.stem})
         return
-    with tables[0].open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        lines = (cells for cells in csv.reader(file) if any(cell.strip() for cell in cells))
-        head: list[str] = []
-        for cells in lines:
-            cells = [cell.strip() for cell in cells]
-            if not head:
-                has_header = cells[0].lower() in ID_KEYS
-                head = [cells[0].lower(), *cells[1:]] if has_header else ["id", ANY]
-                if has_header:
+    head: list[str] = []
+    try:
+        with tables[0].open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            for cells in csv.reader(file):
+                cells = [cell.strip() for cell in cells]
+                if not any(cells):
                     continue
-            table = dict(zip(head, cells, strict=False))
-            name = next(table[key] for key in ID_KEYS if key in table)
-            stem = name.removesuffix(".cif")
-            yield SourceRow(stem, folder / f"{stem}.cif", {**table, "id": stem})
+                if not head:
+                    head = [cell.lower() if cell.lower() in ID_KEYS else cell for cell in cells]
+                    if any(cell in ID_KEYS for cell in head):
+                        continue
+                    head = ["id", ANY]
+                table = dict(zip(head, cells, strict=False))
+                keys = [key for key in FILE_KEYS if key in head] or [key for key in head if key in ID_KEYS]
+                stem = table.get(keys[0], "").removesuffix(".cif")
+                yield SourceRow(stem, folder / f"{stem}.cif", {**table, "id": stem})
+    except (OSError, csv.Error) as error:
+        raise DataError(f"{tables[0]}: cannot be read to its end ({error})") from error
 
 
 def _ase_rows(source: Path) -> Iterator[SourceRow]:
     try:
+        import ase.db
         import ase.io
     except ImportError as error:
         raise DataError(f"{source}: only ASE reads this; install it with: pip install ase") from error
     try:
-        for number, atoms in enumerate(ase.io.iread(str(source), index=":")):
+        found: Iterator[Any]
+        if source.suffix.lower() == ".db":  # whose columns `iread` leaves out
+            found = ((row.toatoms(), row.key_value_pairs) for row in ase.db.connect(str(source)).select())
+        else:
+            found = ((atoms, atoms.info) for atoms in ase.io.iread(str(source), index=":"))
+        for number, (atoms, told) in enumerate(found):
             entry = {
+                **(getattr(atoms.calc, "results", None) or {}),
+                **told,
                 "matrix": np.array(atoms.cell),
                 "Z": atoms.numbers.tolist(),
                 "frac": atoms.get_scaled_positions(wrap=False),
-                **atoms.info,
-                **(getattr(atoms.calc, "results", None) or {}),
             }
-            yield SourceRow(f"{source.stem}-{number}", {"id": f"{source.stem}-{number}", **entry})
+            yield SourceRow(f"{source.stem}-{number}", entry)
     except Exception as error:  # whatever a parser of some sixty formats raises
         raise DataError(f"{source}: ASE cannot read it ({error})") from error
 
@@ -235,7 +265,7 @@ def _line_rows(source: Path) -> Iterator[SourceRow]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield SourceRow(f"line {number}", line)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source}: cannot be read to its end ({error}); copy it again") from error
 
 
@@ -243,14 +273,14 @@ def _document_rows(source: Path) -> Iterator[SourceRow]:
     try:
         with _open_text(source) as file:
             document = json.load(file)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source}: cannot be read to its end ({error}); copy it again") from error
     except ValueError as error:
         raise DataError(f"{source}: not JSON ({error}); name it .jsonl if it has one object a line") from error
     if isinstance(document, list):
         for number, entry in enumerate(document):
             yield SourceRow(f"entry {number}", entry)
-    elif isinstance(document, dict) and ("sites" in document or "structure" in document):
+    elif isinstance(document, dict) and {"sites", "structure", "frac"} & document.keys():
         yield SourceRow("entry 0", document)
     elif isinstance(document, dict):
         for key, entry in document.items():
@@ -260,18 +290,6 @@ def _document_rows(source: Path) -> Iterator[SourceRow]:
 
 
 Parts = tuple[Any, Any, Any, Mapping[str, Any]]  # lattice, atomic numbers, coordinates, the structure's own fields
-
-
-def _from_cif(path: Path) -> Parts:
-    if not path.is_file():
-        raise ValueError(f"{path.name} is missing")
-    if not path.stat().st_size:
-        raise ValueError(f"{path.name} is empty")
-    from pymatgen.io.cif import CifParser
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about rounding and formula remarks; what matters is checked below
-        return _parts(CifParser(path).parse_structures(primitive=False, on_error="raise")[0], {})
 
 
 def _from_entry(entry: Mapping[str, Any]) -> Parts:
@@ -285,7 +303,7 @@ def _from_entry(entry: Mapping[str, Any]) -> Parts:
     if not plain:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _parts(Structure.from_dict(dict(structure)), structure)
+            return *ordered_atoms(Structure.from_dict(dict(structure))), structure
     if "matrix" in entry:
         return entry["matrix"], entry["Z"], entry["frac"], {}
     cell = np.asarray(entry["cell"], float)
@@ -310,16 +328,6 @@ def _identity(entry: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _parts(structure: Structure, fields: Mapping[str, Any]) -> Parts:
-    from pymatgen.core import DummySpecies
-
-    if not structure.is_ordered:
-        raise ValueError("disordered: sites with partial occupancy")
-    if any(isinstance(site.specie, DummySpecies) for site in structure):
-        raise ValueError("a site without a chemical element")
-    return structure.lattice.matrix, [site.specie.Z for site in structure], structure.frac_coords, fields
-
-
 def _checked(lattice: Any, numbers: Any, frac: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     lattice, frac = np.asarray(lattice, float), np.asarray(frac, float)
     atoms = np.asarray(numbers)
@@ -331,6 +339,10 @@ def _checked(lattice: Any, numbers: Any, frac: Any) -> tuple[np.ndarray, np.ndar
         raise ValueError(f"{atoms.size} atoms, but {frac.size} coordinates")
     if not (np.isfinite(lattice).all() and np.isfinite(frac).all()):
         raise ValueError("cell or coordinates are not finite")
+    if lattice.shape != (3, 3):
+        raise ValueError(f"a cell of shape {lattice.shape}, not three vectors")
+    if np.abs(frac).max() > FARTHEST:
+        raise ValueError(f"an atom {np.abs(frac).max():.3g} cells away: its coordinates have no digits left")
     volume = abs(float(np.linalg.det(lattice)))
     if volume < 1e-3 * atoms.size:
         raise ValueError(f"cell of {volume:.3g} A^3 for {atoms.size} atoms: its lengths or angles are impossible")

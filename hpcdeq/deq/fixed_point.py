@@ -79,6 +79,15 @@ class FixedPoint(nn.Module):
         self.help = Help()
         self._checked = False
 
+    def add_options(self, named: Mapping[str, Value]) -> None:
+        """Set options by their full names, those of this layer's prefix among them; the command line wins over them.
+
+        Not collective.
+        """
+        prefix = self.options.prefix
+        own = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+        self.options = Options(prefix, {**self.options.given, **own})
+
     @property
     def solution(self) -> Solution | None:
         """How the last forward solve ended; shares no memory with the output."""

@@ -22,7 +22,7 @@ class Pair:
     hy: PETSc.Vec
 
     def destroy(self) -> None:
-        """Free the vectors."""
+        """Free the vectors. Collective on their comm."""
         for vector in (self.s, self.y, self.hy):
             vector.destroy()
 

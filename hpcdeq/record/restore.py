@@ -16,7 +16,6 @@ from hpcdeq.data.schema import Schema
 from hpcdeq.deq import FixedPoint
 from hpcdeq.errors import CheckpointError, DataError
 from hpcdeq.models import build_model, model_config
-from hpcdeq.petsc.options import Options
 from hpcdeq.record.best import SavedModel, load_model
 
 BEST = "best.h5"
@@ -117,11 +116,8 @@ def load(run_dir: str | os.PathLike[str], device: str = "cpu", dtype: torch.dtyp
         raise CheckpointError(f"{Path(run_dir) / BEST} does not fit its model {saved.model}: {error}") from error
     for layer in model.modules():
         if isinstance(layer, FixedPoint):
-            prefix = layer.options.prefix
             # In the file, a flag is an empty text.
-            named = {name: value or None for name, value in config.get("petsc", {}).items()}
-            given = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-            layer.options = Options(prefix, {**layer.options.given, **given})
+            layer.add_options({name: value or None for name, value in config.get("petsc", {}).items()})
     model.saved = saved  # type: ignore[assignment]
     return model.eval()
 

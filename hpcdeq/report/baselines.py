@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MISSING = "scikit-learn is not installed: pip install hpcdeq[baselines]"
+MAJORITY, BOOSTING = "majority class", "gradient boosting"
 MOST_TREES = 500
 PATIENCE = 20  # rounds without a smaller validation loss after which no more trees are added
 
@@ -51,12 +52,11 @@ def majority_class(train: np.ndarray, classes: int, count: int) -> Baseline:
     classes, count
         C, and the number of samples to answer for.
     """
-    name = "majority class"
     if not len(train):
-        return Baseline(name, "there are no training samples")
+        return Baseline(MAJORITY, "there are no training samples")
     frequency = np.bincount(train, minlength=classes) / len(train)
     told = f"the class frequencies of {len(train)} training samples"
-    return Baseline(name, told, np.tile(frequency, (count, 1)))
+    return Baseline(MAJORITY, told, np.tile(frequency, (count, 1)))
 
 
 def gradient_boosting(train: Labelled, validation: Labelled, values: np.ndarray, classes: int) -> Baseline:
@@ -74,19 +74,18 @@ def gradient_boosting(train: Labelled, validation: Labelled, values: np.ndarray,
     classes
         C; probabilities of classes without training samples are zero.
     """
-    name = "gradient boosting"
     try:
         from sklearn.ensemble import HistGradientBoostingClassifier
     except ImportError:
-        return Baseline(name, MISSING)
+        return Baseline(BOOSTING, MISSING)
     present = np.unique(train.labels)
     if len(present) < 2:
-        return Baseline(name, f"the training samples are of {len(present)} classes: there is nothing to fit")
+        return Baseline(BOOSTING, f"the training samples are of {len(present)} classes: there is nothing to fit")
     # What is the same in all training samples cannot divide them. NaN equals nothing, so that it counts as one value.
     filled = np.where(np.isnan(train.values), np.inf, train.values)
     varies = (filled != filled[:1]).any(axis=0)
     if not varies.any():
-        return Baseline(name, "the descriptors of all training samples are the same: there is nothing to fit")
+        return Baseline(BOOSTING, "the descriptors of all training samples are the same: there is nothing to fit")
     known = np.isin(validation.labels, present)
     if known.any():
         model = HistGradientBoostingClassifier(
@@ -101,4 +100,4 @@ def gradient_boosting(train: Labelled, validation: Labelled, values: np.ndarray,
         probabilities[:, present] = model.predict_proba(values[:, varies])
     told = f"{varies.sum()} descriptors, {model.n_iter_} rounds on {len(train.labels)} training samples"
     told += f", stopped by {known.sum()} validation samples" if known.any() else ""
-    return Baseline(name, told, probabilities)
+    return Baseline(BOOSTING, told, probabilities)

@@ -50,7 +50,9 @@ def write_confusion_figure(path: Path, title: str, scores: ClassScores, classes:
     axes = figure.subplots()
     support = scores.confusion.sum(axis=1, keepdims=True)
     share = np.divide(scores.confusion, support, out=np.zeros((number, number)), where=support > 0)
-    image = axes.imshow(share, cmap="Blues", vmin=0.0, vmax=1.0)
+    # The figure has the shape of the matrix and its labels, so that the cells are nearly square; a forced aspect would push the
+    # labels out of it.
+    image = axes.imshow(share, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
     cell = 72 * side / number  # points
     if number <= MOST_WRITTEN:
         size = min(11.0, cell / 4.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
@@ -65,8 +66,9 @@ def element_properties() -> np.ndarray:
         for number in range(1, HEAVIEST + 1):
             element = Element.from_Z(number)
             for column, name in enumerate(PROPERTIES.values()):
-                value = getattr(element, name)
-                table[number, column] = np.nan if value is None else float(value)
+                with contextlib.suppress(KeyError):  # raised for some of the heaviest
+                    value = getattr(element, name)
+                    table[number, column] = np.nan if value is None else float(value)
     return table
 
 
@@ -102,7 +104,7 @@ def _edges(
 ) -> dict[str, np.ndarray]:
     count, nodes = len(graphs), len(owner)
     edge_owner = np.repeat(np.arange(count), np.diff(graphs.edge_offset))
-    first = graphs.node_offset[edge_owner] - graphs.node_offset[0]
+    first = graphs.node_offset[edge_owner]
     target, source = graphs.edge_target + first, graphs.edge_source + first
     distance = np.linalg.norm(graphs.edge_vector, axis=1)
     placed = distance > 0

@@ -14,7 +14,7 @@ import numpy as np
 from hpcdeq import __version__
 from hpcdeq.errors import HpcdeqError
 from hpcdeq.record import RunDirectory
-from hpcdeq.report.baselines import Baseline
+from hpcdeq.report.baselines import MAJORITY, Baseline
 from hpcdeq.report.classification import ClassScores, class_scores
 from hpcdeq.report.classification_figures import write_calibration_figure, write_confusion_figure
 from hpcdeq.report.document import Block, Document, Figure, Heading, Paragraph, Table, document_markdown
@@ -90,7 +90,9 @@ def write_evaluation(evaluated: Evaluated, directory: RunDirectory) -> str:
     title = f"{evaluated.model}, {evaluated.facts.get('split', '')} samples of {Path(str(evaluated.facts.get('data', ''))).name}"
     try:
         write_confusion_figure(figures["confusion"], title, scores[evaluated.model], evaluated.classes)
-        write_calibration_figure(figures["calibration"], title, scores)
+        # The majority class has one confidence for all samples: nothing to draw.
+        drawn = {name: found for name, found in scores.items() if name != MAJORITY}
+        write_calibration_figure(figures["calibration"], title, drawn)
     except OSError as error:
         raise HpcdeqError(f"cannot write the figures in {directory.path}: {error.strerror}") from error
     directory.write_text("predictions.csv", predictions_text(evaluated))
@@ -125,14 +127,14 @@ def predictions_text(evaluated: Evaluated) -> str:
 def score_rows(evaluated: Evaluated, scores: Mapping[str, ClassScores]) -> list[Row]:
     """Return a row of numbers for the classifier and each baseline; what was not computed is None. Not collective."""
     rows: list[Row] = [_row(evaluated.model, scores[evaluated.model])]
-    rows += [_row(baseline.name, scores.get(baseline.name)) for baseline in evaluated.baselines]
+    rows += [_row(baseline.name, scores.get(baseline.name), baseline.told) for baseline in evaluated.baselines]
     return rows
 
 
-def _row(name: str, scores: ClassScores | None) -> Row:
+def _row(name: str, scores: ClassScores | None, told: str = "") -> Row:
     if scores is None:
-        keys = ("accuracy", "balanced accuracy", "macro F1", "ROC AUC", "log loss", "Brier", "calibration error")
-        return {"": name, "accuracy": None, INTERVAL: "not fitted", **dict.fromkeys(keys[1:])}
+        others = ("balanced accuracy", "macro F1", "ROC AUC", "log loss", "Brier", "calibration error")
+        return {"": name, "accuracy": None, INTERVAL: told, **dict.fromkeys(others)}
     low, high = scores.accuracy_interval
     return {
         "": name,
