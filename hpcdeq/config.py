@@ -183,7 +183,8 @@ def add_settings(parser: CommandParser) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="mlp, deeponet, fno, mlp_deq, deeponet_deq, fno_deq, monotone_deq, conv_deq or graph_deq (default: by the data)",
+        help="mlp, deeponet, fno, mlp_deq, deeponet_deq, fno_deq, monotone_deq, conv_deq, of graphs: graph_deq, graph_image_deq, "
+        "graph_unrolled, graph_image_unrolled, cgcnn (default: by the data)",
     )
     parser.add_argument("--max-iterations", type=int, metavar="N", help="steps; of adam, epochs (default 100)")
     parser.add_argument("--max-seconds", type=float, metavar="S", help="of the optimisation (default: no bound)")

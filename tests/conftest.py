@@ -49,9 +49,12 @@ def shared_tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """Start each test from the same random state, on every rank."""
+    """Start each test from the same random state, on every rank, and leave no solver option to the next one."""
+    from hpcdeq.petsc.options import only_options
+
     torch.manual_seed(1234)
-    yield
+    with only_options({}, ("deq_", "tao_")):
+        yield
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -74,7 +74,7 @@ def test_pixels_are_normalised_by_the_training_images(tmp_path: Path) -> None:
     with open_dataset(tmp_path / "i.h5") as file:
         schema = read_schema(tmp_path / "i.h5", file)
         np.testing.assert_allclose(file["array/x"].attrs["channel_mean"], mean)
-    np.testing.assert_allclose(schema.provenance["channel_std"], deviation)
+    np.testing.assert_allclose(schema.provenance["settings"]["channel_std"], deviation)
     assert (schema.task, schema.representation, schema.classes) == ("classification", "array", ("0", "1", "2", "3"))
 
 
