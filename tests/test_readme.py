@@ -26,7 +26,7 @@ def test_the_python_example_runs(run: Run, tmp_path: Path) -> None:
 def test_the_options_that_it_names_exist(run: Run) -> None:
     commands = (["train"], ["compare"], ["prepare", "crystals"], ["prepare", "burgers"], ["study", "crossover"])
     known = "".join(run("-m", f"hpcdeq.{name}", *kind, "--help").stdout for name, *kind in commands)
-    known += (ROOT / "scripts" / "bench_solves.py").read_text()
+    known += "".join((ROOT / "scripts" / f"bench_{name}.py").read_text() for name in ("solves", "lbfgs"))
     for option in sorted(set(re.findall(r"--[a-z][a-z-]+", README))):
         if option not in ("--resume",):  # named as still to come
             assert option in known, option
