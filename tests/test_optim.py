@@ -106,11 +106,14 @@ def test_iterates_are_emitted_in_order_with_everything_known_of_them(method: str
 
 
 @pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize("method", ["trgn", "adam"])
+@pytest.mark.parametrize("method", ["trgn", "adam", "newton", "torch-lbfgs", "tao:lmvm", "tao:brgn", "tao:bntr"])
 def test_budgets(method: str, comm: parallel.Comm) -> None:
     problem = distributed(deq_model(), "mse", comm)
     result = minimize(problem, method, max_iterations=2)
     assert (result.status, result.reason, result.iterations) == ("budget", "DIVERGED_MAXITS", 2)
+    result = minimize(problem, method, max_iterations=0)
+    assert (result.status, result.reason, result.iterations) == ("budget", "DIVERGED_MAXITS", 0)
+    assert torch.equal(result.x, problem.initial())
     result = minimize(problem, method, max_iterations=10**6, max_seconds=0.2)
     assert (result.status, result.reason) == ("budget", "DIVERGED_USER")
     assert "--max-seconds" in result.message

@@ -20,6 +20,7 @@ from hpcdeq.optim.torch_lbfgs import TorchLbfgs
 from hpcdeq.petsc.options import Value
 from hpcdeq.petsc.vocabulary import check_options
 from hpcdeq.problem import LeastSquares, TrainingProblem
+from hpcdeq.problem.branches import elsewhere
 from hpcdeq.problem.determinism import nondeterminism
 
 __all__ = ["METHODS", "check_method", "minimize", "resolved_options"]
@@ -107,6 +108,7 @@ def minimize(
             problem.tighten()
             loss, gradient = problem.loss_and_gradient(result.x)
             result = dataclasses.replace(result, loss=loss, gradient_norm=float(gradient.norm()))
+        result = _with_branches(problem, result)
     finally:
         problem.end()
     if result.status == DIVERGED and raise_on_failure:
@@ -116,6 +118,22 @@ def minimize(
             agreed=True,
         )
     return result
+
+
+def _with_branches(problem: TrainingProblem, result: Result) -> Result:
+    """Return a result whose message says so where the loss is that of fixed points which only warm starts find."""
+    try:
+        differing, examined = elsewhere(problem, result.x)
+    except ConvergenceError:  # no fixed points at these weights at all, and the result says so
+        return result
+    if not differing:
+        return result
+    told = (
+        f"{result.message}. But {differing} of {examined} samples have another fixed point from where the layers begin than"
+        " the one that warm starts followed: the loss is not that of the model as it will be applied. Try"
+        " --no-warm-start, or a cell with a single fixed point (mlp_deq with norm below 1, monotone_deq)"
+    )
+    return dataclasses.replace(result, message=told)
 
 
 def _preset(method: str, sampling: Sampling | None, curvature: str | None) -> Preset:

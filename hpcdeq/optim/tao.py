@@ -52,6 +52,7 @@ class TaoRun:
         self._curvature: CurvatureMatrix | None = None
         self.rejected = 0  # trial points of all kinds that no step may end at
         self.infinite = 0  # those of them whose loss or gradient is NaN or infinite
+        self._idle = False  # whether no step is to be taken
         self._started = False
         self._differentiated = False
         self._worst = 0.0
@@ -87,7 +88,8 @@ class TaoRun:
                 if self.sampling.batch_size is not None:
                     self._grow(tao, 0)
                     tao.setUpdate(self._grow)
-            tao.setMaximumIterations(max_iterations)
+            self._idle = max_iterations == 0
+            tao.setMaximumIterations(max(max_iterations, 1))  # PETSc takes no 0
             given = Options("tao_", {name.removeprefix("tao_"): value for name, value in options.items()})
             with given.inserted():
                 reraise(tao.setFromOptions)
@@ -201,6 +203,9 @@ class TaoRun:
         self._curvature.move(self._gather(x))
 
     def _monitor(self, tao: PETSc.TAO) -> None:
+        if self._idle:
+            tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_MAXITS)
+            return
         iteration, loss, gradient_norm, *_ = tao.getSolutionStatus()
         iteration += self.recorder.offset
         if self.recorder.last is not None and iteration <= self.recorder.last.iteration:

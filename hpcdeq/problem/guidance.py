@@ -45,7 +45,7 @@ class Guidance:
 
     @contextlib.contextmanager
     def batch(
-        self, ids: Sequence[int], p: Tensor, *, chunk: int | None = None, products: bool = False, place: str = ""
+        self, ids: Sequence[int], p: Tensor, *, chunk: int | None = None, products: bool = False, cold: bool = False
     ) -> Iterator[None]:
         """Tell the layers, inside a ``with`` block, what is known of a batch.
 
@@ -59,16 +59,17 @@ class Guidance:
             Its number among the chunks of the whole set; None: another batch.
         products
             Whether many products will be asked for at this point.
-        place
-            Name of another set of samples, which is solved for as accurately as the options say.
+        cold
+            Whether to solve as whoever applies the model does: from the layers' own initial states, as accurately as the
+            options say. Nothing is remembered of it.
         """
         mix = self._mixture(p) if chunk is not None and not products else None
         for name, layer in self.layers.items():
             guesses = None
-            if self.cache is not None:
+            if self.cache is not None and not cold:
                 predicted = self._predict(mix, chunk, name) if mix is not None and chunk is not None else None
-                guesses = Guesses(self.cache, name + place, ids, predicted)
-            layer.help = Help(2 * PRODUCTS if products else 1, guesses, (0.0, 0.0) if place else self.loosened)
+                guesses = Guesses(self.cache, name, ids, predicted)
+            layer.help = Help(2 * PRODUCTS if products else 1, guesses, (0.0, 0.0) if cold else self.loosened)
         try:
             yield
         finally:

@@ -205,7 +205,7 @@ class LocalSums:
                 rows = slice(start, min(start + self.visits.chunk_size, len(dataset)))
                 inputs, targets = self.visits.move(*dataset.batch(rows))
                 try:
-                    with self.guidance.batch(range(rows.start, rows.stop), p, place=f"/{id(dataset)}"):
+                    with self.guidance.batch(range(rows.start, rows.stop), p, cold=True):
                         outputs = self.network.outputs(pieces, inputs)
                 except ConvergenceError:
                     return [float("nan")] * 3
