@@ -7,16 +7,14 @@ descriptors. Nothing heavy is imported before the command line is understood.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpcdeq.commands import CommandParser
-from hpcdeq.config import named_options
 from hpcdeq.errors import EXIT_DONE, DataError, OptionError
-from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments
+from hpcdeq.startup import split_arguments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,12 +22,11 @@ if TYPE_CHECKING:
 
     from hpcdeq.data import Dataset
     from hpcdeq.data.schema import Schema
-    from hpcdeq.predict import Predictions
+    from hpcdeq.inference import Predictions
     from hpcdeq.record import RunDirectory
     from hpcdeq.report.baselines import Baseline
 
 PROGRAM = "python -m hpcdeq.evaluate"
-PREFIXES = ("deq_",)
 SPLITS = ("train", "validation", "test")
 DESCRIBED = 1024  # samples at a time
 
@@ -85,25 +82,17 @@ def main(arguments: list[str]) -> int:
     """
     own, petsc = split_arguments(arguments)
     options = build_parser().parse_args(own)
-    from hpcdeq import parallel
-
-    comm = parallel.WORLD
-    with parallel.agreement(comm):
-        given = named_options(petsc)
-    PETSC_ARGUMENTS[:] = [word for name, value in given.items() for word in (f"-{name}", value) if word]
     import torch
 
+    from hpcdeq import parallel
     from hpcdeq.data import Dataset
+    from hpcdeq.inference import open_model
     from hpcdeq.record import RunDirectory
-    from hpcdeq.record.restore import load, saved_of
+    from hpcdeq.record.restore import saved_of
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(parallel.cores_of_rank(comm))
+    comm = parallel.WORLD
+    model = open_model(options.run, options.device, petsc, "an evaluation")
     with parallel.agreement(comm):
-        _insert(given)
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise OptionError("--device cuda: torch finds no GPU here; leave the option out")
-        model = load(options.run, options.device)
         saved = saved_of(model)
         if saved.schema.task != "classification":
             raise OptionError(
@@ -138,19 +127,6 @@ def main(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
-def _insert(given: dict[str, str]) -> None:
-    """Check options of the fixed points and give them to PETSc."""
-    from hpcdeq.petsc.options import check_types, insert_options
-    from hpcdeq.petsc.vocabulary import check_options
-
-    for name in given:
-        if name.startswith("tao_"):
-            raise OptionError(f"-{name} is not for an evaluation, which trains nothing: leave it out")
-    check_options([f"-{name}" for name in given], PREFIXES)
-    check_types(given)
-    insert_options(given)
-
-
 def _data_of(options: argparse.Namespace, trained_on: str, schema: Schema) -> Path:
     """Return the dataset to evaluate on, whose samples have to be of the kind that the model was trained on."""
     from hpcdeq.data.shards import Shards
@@ -170,14 +146,12 @@ def _data_of(options: argparse.Namespace, trained_on: str, schema: Schema) -> Pa
 
 def _predictions(model: nn.Module, data: Dataset, chunk_size: int) -> list[Predictions]:
     """Return what the model says of this rank's samples, batch by batch."""
-    from hpcdeq.predict import predictions_of
+    from hpcdeq.inference import predict_batch
 
-    weight = next(model.parameters())
     found = []
     for start in range(0, len(data), chunk_size):
         rows = slice(start, min(start + chunk_size, len(data)))
-        inputs = data.batch(rows)[0].to(dtype=weight.dtype, device=weight.device)
-        found.append(predictions_of(model, data.ids[rows], inputs, []))
+        found.append(predict_batch(model, data.ids[rows], data.batch(rows)[0]))
     return found
 
 

@@ -11,7 +11,6 @@ import csv
 import itertools
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from hpcdeq.commands import CommandParser
 from hpcdeq.errors import EXIT_DONE, DataError, OptionError
-from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments
+from hpcdeq.startup import split_arguments
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor, nn
+    from torch import nn
 
     from hpcdeq.builders.samples import Skipped
-    from hpcdeq.data import GraphBatch
     from hpcdeq.data.schema import Schema
+    from hpcdeq.inference import Predictions
 
 PROGRAM = "python -m hpcdeq.predict"
-PREFIXES = ("deq_",)
 
 
 def build_parser() -> CommandParser:
@@ -53,52 +50,11 @@ def build_parser() -> CommandParser:
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """What a model says of some samples.
+class Block:
+    """What is found of some rows: predictions (None without any), and the rows that could not be read."""
 
-    Attributes
-    ----------
-    ids
-        ``b`` names.
-    outputs
-        ``(b, classes)`` probabilities, or ``(b, targets)`` values.
-    converged, residual
-        ``(b,)`` whether all fixed points were found, and the largest ‖f(z) - z‖ of them (0 for an explicit network).
-    skipped
-        Rows that could not be read.
-    """
-
-    ids: list[str]
-    outputs: np.ndarray
-    converged: np.ndarray
-    residual: np.ndarray
+    predictions: Predictions | None
     skipped: list[Skipped]
-
-
-def predictions_of(
-    model: nn.Module, ids: list[str], inputs: Tensor | GraphBatch, skipped: list[Skipped]
-) -> Predictions:
-    """Return what a model of `hpcdeq.load` says of a batch. Not collective."""
-    import numpy as np
-    import torch
-
-    from hpcdeq.deq import FixedPoint
-    from hpcdeq.record.restore import saved_of
-
-    layers = [layer for layer in model.modules() if isinstance(layer, FixedPoint)]
-    for layer in layers:
-        layer.on_failure = "warn"  # the table says which
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        outputs = model(inputs)
-        if saved_of(model).schema.task == "classification":
-            outputs = torch.softmax(outputs, dim=1)
-    solutions = [layer.solution for layer in layers if layer.solution is not None]
-    converged, residual = np.ones(len(ids), bool), np.zeros(len(ids))
-    for solution in solutions:
-        converged &= solution.converged.cpu().numpy()
-        residual = np.maximum(residual, solution.residual.double().cpu().numpy())
-    return Predictions(ids, outputs.double().cpu().numpy(), converged, residual, skipped)
 
 
 class Samples:
@@ -150,34 +106,21 @@ def main(arguments: list[str]) -> int:
     HpcdeqError
         The run, the source or the output is no good; raised on all ranks.
     """
+    begin = time.perf_counter()
     own, petsc = split_arguments(arguments)
     options = build_parser().parse_args(own)
-    import torch
-
     from hpcdeq import parallel
-    from hpcdeq.config import named_options
-    from hpcdeq.petsc.options import check_types, insert_options
-    from hpcdeq.petsc.vocabulary import check_options
-    from hpcdeq.record.restore import load, saved_of
+    from hpcdeq.inference import open_model
+    from hpcdeq.record.restore import saved_of
 
     comm = parallel.WORLD
-    begin = time.perf_counter()
     with parallel.agreement(comm):
-        given = named_options(petsc)
-        foreign = [name for name in given if not name.startswith(PREFIXES)]
-        if foreign:
-            raise OptionError(f"-{foreign[0]} is not for a prediction, which trains nothing: leave it out")
-        check_options([f"-{name}" for name in given], PREFIXES)
-        check_types(given)
-        PETSC_ARGUMENTS[:] = [word for name, value in given.items() for word in (f"-{name}", value) if word]
-        insert_options(given)
         if options.limit is not None and options.limit < 1:
             raise OptionError(f"--limit {options.limit}: at least 1")
         if options.out.is_dir() or not options.out.absolute().parent.is_dir():
             raise DataError(f"--out {options.out}: give a file name in a folder that exists")
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise OptionError("--device cuda: torch finds no GPU here; leave the option out")
-        model = load(options.run, options.device)
+    model = open_model(options.run, options.device, petsc, "a prediction")
+    with parallel.agreement(comm):
         samples = Samples(saved_of(model).schema, options.source, options.limit)
     started = time.perf_counter()
     with parallel.agreement(comm):
@@ -186,39 +129,38 @@ def main(arguments: list[str]) -> int:
     with parallel.agreement(comm):
         if comm.rank == 0:
             table = {number: part for own in every for number, part in own.items()}
-            parts = [table[number] for number in sorted(table)]
-            _finish(options, model, parts, started - begin, time.perf_counter() - started)
+            in_order = [table[number] for number in sorted(table)]
+            _finish(options, model, in_order, started - begin, time.perf_counter() - started)
     return EXIT_DONE
 
 
-def _of_block(model: nn.Module, samples: Samples, rows: list[Any]) -> Predictions:
+def _of_block(model: nn.Module, samples: Samples, rows: list[Any]) -> Block:
+    """Return what the model says of the rows of a block that can be read, and the others."""
     import numpy as np
     import torch
 
     from hpcdeq.data.batches import graph_batch
-    from hpcdeq.data.graphs import GraphArrays
+    from hpcdeq.inference import predict_batch
 
     ids, inputs, skipped = samples.maker.make(rows)
-    weight = next(model.parameters())
-    batch: Any = torch.from_numpy(inputs).to(weight) if isinstance(inputs, np.ndarray) else None
-    if isinstance(inputs, GraphArrays):
-        batch = graph_batch(inputs, slice(None), weight.dtype).to(device=weight.device)
     if not ids:
-        return Predictions([], np.zeros((0, 0)), np.zeros(0, bool), np.zeros(0), skipped)
-    return predictions_of(model, ids, batch, skipped)
+        return Block(None, skipped)
+    dtype = next(model.parameters()).dtype
+    batch = torch.from_numpy(inputs) if isinstance(inputs, np.ndarray) else graph_batch(inputs, slice(None), dtype)
+    return Block(predict_batch(model, ids, batch), skipped)
 
 
-def _finish(options: argparse.Namespace, model: nn.Module, parts: list[Predictions], setup: float, work: float) -> None:
+def _finish(options: argparse.Namespace, model: nn.Module, blocks: list[Block], setup: float, work: float) -> None:
     """Write the table and say what is in it."""
-    from hpcdeq.builders.samples import refuse_if_none
+    from hpcdeq.builders.samples import list_skipped, refuse_if_none
     from hpcdeq.record.atomic import cannot_write, replaced
     from hpcdeq.record.restore import saved_of
 
     schema = saved_of(model).schema
-    skipped = [row for part in parts for row in part.skipped]
+    parts = [block.predictions for block in blocks if block.predictions is not None]
+    skipped = [row for block in blocks for row in block.skipped]
     count = sum(len(part.ids) for part in parts)
     refuse_if_none(options.source, count, skipped)
-    listing = options.out.with_suffix(".skipped.csv")
     labelled = schema.task == "classification"
     names = schema.classes if labelled else schema.target_names
     head = ["id", *(["class"] if labelled else []), *(f"p_{name}" if labelled else name for name in names)]
@@ -233,14 +175,9 @@ def _finish(options: argparse.Namespace, model: nn.Module, parts: list[Predictio
                     numbers = [f"{value:.6g}" for value in values]
                     ended = [str(bool(part.converged[place])).lower(), f"{part.residual[place]:.3g}"]
                     table.writerow([name, *chosen, *numbers, *ended])
-        listing.unlink(missing_ok=True)
-        if skipped:
-            with replaced(listing) as path, path.open("w", newline="", encoding="utf-8") as file:
-                table = csv.writer(file)
-                table.writerow(["row", "reason"])
-                table.writerows([row.row, row.reason] for row in skipped)
     except OSError as error:
         raise cannot_write(options.out, error) from error
+    listing = list_skipped(options.out, skipped)
     if options.quiet:
         return
     lost = count - sum(int(part.converged.sum()) for part in parts)

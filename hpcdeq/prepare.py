@@ -6,7 +6,6 @@ Another kind of data is another entry of `KINDS`. Nothing heavy is imported befo
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import inspect
 import os
@@ -20,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from hpcdeq.builders.field_settings import EQUATIONS, FieldSettings
 from hpcdeq.commands import CommandParser
-from hpcdeq.errors import EXIT_DONE, DataError, OptionError
+from hpcdeq.errors import EXIT_DONE, OptionError
 
 if TYPE_CHECKING:
-    from hpcdeq.builders.graphs import Shares
     from hpcdeq.builders.labelling import Labelling
-    from hpcdeq.builders.samples import Progress, Report, Skipped
+    from hpcdeq.builders.samples import Progress, Report, Shares
 
 PROGRAM = "python -m hpcdeq.prepare"
 SAMPLES = 1000  # of a field, without --limit
@@ -194,7 +192,7 @@ def _labels(options: argparse.Namespace, preset: Labelling) -> Labelling:
 
 
 def _shares(options: argparse.Namespace) -> Shares:
-    from hpcdeq.builders.graphs import Shares
+    from hpcdeq.builders.samples import Shares
 
     return Shares(options.validation_fraction, options.seed, options.limit)
 
@@ -267,12 +265,12 @@ def _image_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _build_images(options: argparse.Namespace, command: str) -> Report:
-    from hpcdeq.builders.images import ImageOptions, prepare_images
+    from hpcdeq.builders.images import prepare_images
 
     return prepare_images(
         options.out,
         options.source,
-        ImageOptions(options.validation_fraction, options.seed, options.limit),
+        _shares(options),
         command=command,
         progress=_progress(options),
     )
@@ -327,33 +325,16 @@ def main(arguments: list[str]) -> int:
     """
     options = build_parser().parse_args(arguments)
     from hpcdeq import parallel
+    from hpcdeq.builders.samples import list_skipped
 
     begin = time.perf_counter()
     report = KINDS[options.kind].build(options, shlex.join([*PROGRAM.split(), *arguments]))
     with parallel.agreement(parallel.WORLD):
         if parallel.WORLD.rank == 0:
-            listing = _list_skipped(options.out, report.skipped)
+            listing = list_skipped(options.out, report.skipped)
             seconds = time.perf_counter() - begin
             print(summary(options.out, report, listing, seconds, KINDS[options.kind].advice), flush=True)
     return EXIT_DONE
-
-
-def _list_skipped(out: Path, skipped: list[Skipped]) -> Path:
-    """Write all skipped rows next to the dataset, and remove the list of an earlier run where there are none."""
-    from hpcdeq.builders.samples import SKIPPED_LIST
-
-    listing = out.with_suffix(SKIPPED_LIST)
-    try:
-        if not skipped:
-            listing.unlink(missing_ok=True)
-            return listing
-        with listing.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["row", "reason"])
-            table.writerows([row.row, row.reason] for row in skipped)
-    except OSError as error:
-        raise DataError(f"{out} is written, but not the list of skipped rows: {error}") from error
-    return listing
 
 
 def summary(out: Path, report: Report, listing: Path, seconds: float, advice: str = "") -> str:

@@ -27,12 +27,17 @@ FLOORS = [
     {"tuning"},
     {"report"},
     {"config"},
+    {"inference"},
     {"train", "prepare", "doctor", "predict", "evaluate", "compare", "study", "campaign"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 COMMANDS = FLOORS[-1]
 # Which parts of hpcdeq may import a package from outside. Builders solve the equations whose solutions are their samples.
-ROOMS = {"mpi4py": {"parallel"}, "petsc4py": {"petsc"}, "hpcdeq.petsc": {"petsc", "deq", "builders", "optim"}}
+ROOMS = {
+    "mpi4py": {"parallel"},
+    "petsc4py": {"petsc"},
+    "hpcdeq.petsc": {"petsc", "deq", "builders", "optim", "inference"},
+}
 # What says in plain text which PETSc this is, for anyone.
 OPEN = {"hpcdeq.petsc.facts"}
 # Costly, or needed by one command only: never imported with the module.

@@ -20,10 +20,9 @@ from pymatgen.io.cif import CifWriter
 
 from hpcdeq import parallel
 from hpcdeq.builders.crystals import BAND_GAP, prepare_crystals
-from hpcdeq.builders.graphs import Shares
 from hpcdeq.builders.neighbours import neighbours_of
 from hpcdeq.builders.periodic import StructureSettings
-from hpcdeq.builders.samples import assign_splits, fraction_of, in_order, straddling
+from hpcdeq.builders.samples import Shares, assign_splits, fraction_of, in_order, straddling
 from hpcdeq.data.graphs import GraphArrays
 from hpcdeq.data.shards import Shards
 from hpcdeq.errors import DataError, OptionError

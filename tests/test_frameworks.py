@@ -22,10 +22,10 @@ from hpcdeq import parallel
 from hpcdeq.builders.cif import read_cif
 from hpcdeq.builders.crystals import BAND_GAP, prepare_crystals
 from hpcdeq.builders.frameworks import CAVITY, SETTINGS
-from hpcdeq.builders.graphs import Shares
 from hpcdeq.builders.labelling import Labelling
 from hpcdeq.builders.neighbours import neighbours_of
 from hpcdeq.builders.periodic import StructureSettings
+from hpcdeq.builders.samples import Shares
 from hpcdeq.builders.structures import read_structure, source_rows
 from hpcdeq.data.dataset import Dataset
 from hpcdeq.data.graphs import GraphArrays

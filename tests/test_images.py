@@ -13,9 +13,9 @@ from conftest import DATA, Run
 from PIL import Image
 
 from hpcdeq import parallel
-from hpcdeq.builders.images import ImageOptions, channel_statistics, first_of_each_split, prepare_images
+from hpcdeq.builders.images import channel_statistics, first_of_each_split, prepare_images
 from hpcdeq.builders.pictures import Picture, decode, read_source
-from hpcdeq.builders.samples import Skipped
+from hpcdeq.builders.samples import Shares, Skipped
 from hpcdeq.data import Dataset
 from hpcdeq.data.schema import open_dataset, read_schema
 from hpcdeq.errors import DataError, OptionError
@@ -61,7 +61,7 @@ def test_pixels_are_normalised_by_the_training_images(tmp_path: Path) -> None:
     train, test = colours(60), colours(20)
     labels = np.arange(80) % 4
     source = written(tmp_path, x_train=train, y_train=labels[:60], x_test=test, y_test=labels[60:])
-    report = prepare_images(tmp_path / "i.h5", source, ImageOptions(validation_fraction=0.25))
+    report = prepare_images(tmp_path / "i.h5", source, Shares(validation_fraction=0.25))
     x, y, split, ids = contents(tmp_path / "i.h5")
     assert x.shape == (80, 3, 6, 7) and x.dtype == np.float32
     assert split.tolist() == sorted(split.tolist()) and (split == 2).sum() == 20 and 5 <= (split == 1).sum() <= 25
@@ -193,10 +193,10 @@ def test_a_longer_file_has_the_samples_of_a_shorter_one_in_the_same_splits(tmp_p
         tmp_path, x_train=colours(80), y_train=np.zeros(80, int), x_test=colours(20), y_test=np.zeros(20, int)
     )
     for limit in (50, 100):
-        prepare_images(tmp_path / f"{limit}.h5", source, ImageOptions(limit=limit))
+        prepare_images(tmp_path / f"{limit}.h5", source, Shares(limit=limit))
     short, long = (dict(zip(*(contents(tmp_path / f"{n}.h5")[k] for k in (3, 2)), strict=True)) for n in (50, 100))
     assert len(short) == 50 and len(long) == 100 and short.items() <= long.items()
-    prepare_images(tmp_path / "other.h5", source, ImageOptions(seed=5))
+    prepare_images(tmp_path / "other.h5", source, Shares(seed=5))
     other = dict(zip(*(contents(tmp_path / "other.h5")[k] for k in (3, 2)), strict=True))
     assert other.keys() == long.keys() and other != long
     assert all(other[name] == 2 for name in long if name.startswith("test"))  # the source's own split is kept
@@ -211,7 +211,7 @@ def test_a_copy_of_an_image_is_never_in_training_and_validation_both(tmp_path: P
         x_test=once[:3],
         y_test=np.zeros(3, int),
     )
-    report = prepare_images(tmp_path / "i.h5", source, ImageOptions(validation_fraction=0.5))
+    report = prepare_images(tmp_path / "i.h5", source, Shares(validation_fraction=0.5))
     _, _, split, ids = contents(tmp_path / "i.h5")
     homes = {name: s for name, s in zip(ids, split, strict=True)}
     assert all(homes[f"train-{n:06d}"] == homes[f"train-{n + 40:06d}"] for n in range(40))
@@ -289,7 +289,7 @@ def test_images_of_different_sizes_are_refused(tmp_path: Path) -> None:
     images = [encoded(colours(1, side)[0]) for side in (6, 6, 8)]
     source = written(tmp_path, **encoded_arrays("train", images, [0, 0, 0]))
     with pytest.raises(DataError, match="train-000000 has 3 x 6 x 7 .*, train-000002 3 x 8 x 9; bring all to one size"):
-        prepare_images(tmp_path / "i.h5", source, ImageOptions(validation_fraction=0))
+        prepare_images(tmp_path / "i.h5", source, Shares(validation_fraction=0))
 
 
 def test_a_damaged_image_is_skipped_with_its_reason(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_a_folder_without_class_folders_is_refused(tmp_path: Path) -> None:
 )
 def test_wrong_options_are_refused(settings: dict[str, float], told: str) -> None:
     with pytest.raises(OptionError, match=told):
-        ImageOptions(**settings)
+        Shares(**settings)
 
 
 # ----------------------------------------------------------------------------------------------------------- the command
@@ -352,7 +352,7 @@ def test_a_wrong_source_ends_with_code_2(run: Run, tmp_path: Path, source: str, 
 
 @pytest.mark.real_data
 def test_the_real_images(tmp_path: Path) -> None:
-    report = prepare_images(tmp_path / "i.h5", CIFAR, ImageOptions(limit=1100))
+    report = prepare_images(tmp_path / "i.h5", CIFAR, Shares(limit=1100))
     assert report.classes[0] == "airplane" and len(report.classes) == 10 and not report.skipped
     assert report.split_counts[2] == 100 and 60 < report.split_counts[1] < 140
     x, y, split, _ = contents(tmp_path / "i.h5")

@@ -15,11 +15,11 @@ from rdkit import Chem
 from rdkit.Chem import rdDistGeom
 
 from hpcdeq import parallel
-from hpcdeq.builders.graphs import Shares
 from hpcdeq.builders.labelling import Labelling
 from hpcdeq.builders.molecular import MoleculeSettings, build_molecules
 from hpcdeq.builders.molecule_sources import source_rows
 from hpcdeq.builders.molecules import DIPOLE, prepare_molecules
+from hpcdeq.builders.samples import Shares
 from hpcdeq.builders.spool import Built
 from hpcdeq.data.graphs import BONDS, GraphArrays
 from hpcdeq.data.shards import Shards

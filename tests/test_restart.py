@@ -19,10 +19,10 @@ from conftest import clean_environment
 
 from hpcdeq import parallel
 from hpcdeq.builders.crystals import BAND_GAP, prepare_crystals, structure_recipe
-from hpcdeq.builders.graphs import Shares, prepare_graphs
+from hpcdeq.builders.graphs import prepare_graphs
 from hpcdeq.builders.labelling import Labelling
 from hpcdeq.builders.periodic import StructureSettings
-from hpcdeq.builders.samples import BLOCK, Report
+from hpcdeq.builders.samples import BLOCK, Report, Shares
 from hpcdeq.builders.spool import Built, Spool
 from hpcdeq.data.graphs import no_graphs
 from hpcdeq.errors import DataError, HpcdeqError

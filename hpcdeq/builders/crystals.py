@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from hpcdeq import parallel
-from hpcdeq.builders.graphs import Recipe, Shares, prepare_graphs
+from hpcdeq.builders.graphs import Recipe, prepare_graphs
 from hpcdeq.builders.labelling import Labelling
 from hpcdeq.builders.periodic import StructureSettings, build_structures
-from hpcdeq.builders.samples import Progress, Report, silent
+from hpcdeq.builders.samples import Progress, Report, Shares, silent
 from hpcdeq.builders.structures import source_rows
 
 BAND_GAP = Labelling("band_gap", (0.01, 3.0), ("metal", "semiconductor", "insulator"), "eV")

@@ -24,6 +24,7 @@ from hpcdeq.builders.samples import (
     SKIPPED_LIST,
     Progress,
     Report,
+    Shares,
     Skipped,
     assign_splits,
     blocks,
@@ -37,35 +38,9 @@ from hpcdeq.builders.spool import BlockError, Built, Spool
 from hpcdeq.data.rows import SampleRows
 from hpcdeq.data.schema import SPLITS, Schema
 from hpcdeq.data.writer import DatasetWriter
-from hpcdeq.errors import DataError, OptionError
+from hpcdeq.errors import DataError
 
 FOLDER_FILES = (".cif", ".csv", ".xyz")  # what a source that is a folder consists of
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Which rows are used, and how they are shared out.
-
-    Attributes
-    ----------
-    validation_fraction
-        Of the train groups of a source with splits, else of all groups.
-    seed
-        Of the hash that shares groups out.
-    limit
-        Use the first rows of the source only; None for all.
-    """
-
-    validation_fraction: float = 0.1
-    seed: int = 0
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        if not 0 <= self.validation_fraction <= 0.5:
-            raise OptionError(f"--validation-fraction {self.validation_fraction}: from 0 to 0.5")
-        if self.limit is not None and self.limit < 1:
-            raise OptionError(f"--limit {self.limit}: at least 1")
 
 
 @dataclass(frozen=True)

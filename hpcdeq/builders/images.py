@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from hpcdeq.builders.pictures import Picture, decode, read_source
 from hpcdeq.builders.samples import (
     Progress,
     Report,
+    Shares,
     Skipped,
     assign_splits,
     blocks,
@@ -26,41 +26,15 @@ from hpcdeq.builders.samples import (
 from hpcdeq.data.rows import SampleRows
 from hpcdeq.data.schema import Schema
 from hpcdeq.data.writer import DatasetWriter
-from hpcdeq.errors import DataError, OptionError
+from hpcdeq.errors import DataError
 
 WRITTEN = 512  # images normalised and written at a time
-
-
-@dataclass(frozen=True)
-class ImageOptions:
-    """How images become samples.
-
-    Attributes
-    ----------
-    validation_fraction
-        Of the train images of a source with splits but without validation images, else of all images.
-    seed
-        Of the hash that shares images out, and of the order of a folder's images.
-    limit
-        Use so many images only: the first of each split of the source, in proportion to their numbers. None for all.
-    """
-
-    validation_fraction: float = 0.1
-    seed: int = 0
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        if not 0 <= self.validation_fraction <= 0.5:
-            raise OptionError(f"--validation-fraction {self.validation_fraction}: from 0 to 0.5")
-        if self.limit is not None and self.limit < 1:
-            raise OptionError(f"--limit {self.limit}: at least 1")
 
 
 def prepare_images(
     path: str | os.PathLike[str],
     source: str | os.PathLike[str],
-    options: ImageOptions | None = None,
+    shares: Shares | None = None,
     *,
     comm: parallel.Comm = parallel.WORLD,
     command: str = "",
@@ -78,8 +52,8 @@ def prepare_images(
         The file to make; replaced on success only.
     source
         See `hpcdeq.builders.pictures`.
-    options
-        How images become samples.
+    shares
+        Which images are used, and how they are shared out.
     progress
         Wraps a stream of blocks to show how far it is; called with stream, label and number of blocks if known.
 
@@ -93,11 +67,11 @@ def prepare_images(
     DataError
         The source is missing or damaged, its images differ in size, or the file cannot be written.
     """
-    options = options or ImageOptions()
+    shares = shares or Shares()
     report = Report()
     with parallel.agreement(comm):
         if comm.rank == 0:
-            report = _build(Path(path), Path(source), options, command, progress)
+            report = _build(Path(path), Path(source), shares, command, progress)
     return parallel.from_root(comm, report)
 
 
@@ -140,13 +114,13 @@ def normalised(images: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.nd
     return ((values - mean[:, None, None]) / scale[:, None, None]).astype(np.float32)
 
 
-def _build(path: Path, source: Path, options: ImageOptions, command: str, progress: Progress) -> Report:
-    classes, found = read_source(source, options.seed)
+def _build(path: Path, source: Path, shares: Shares, command: str, progress: Progress) -> Report:
+    classes, found = read_source(source, shares.seed)
     report = Report(classes=classes)
-    pictures, images, digests = _decoded(first_of_each_split(found, options.limit), report, progress)
+    pictures, images, digests = _decoded(first_of_each_split(found, shares.limit), report, progress)
     refuse_if_none(source, len(images), report.skipped)
     images = _alike(source, pictures, images)
-    splits = assign_splits(digests, [p.split for p in pictures], options.validation_fraction, options.seed)
+    splits = assign_splits(digests, [p.split for p in pictures], shares.validation_fraction, shares.seed)
     training = [image for image, split in zip(images, splits, strict=True) if split == 0]
     if not training:
         raise DataError(f"{source}: none of its {len(images)} images is for training; give a larger source or --limit")

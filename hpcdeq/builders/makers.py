@@ -55,16 +55,10 @@ def maker_named(kind: str, settings: Mapping[str, Any]) -> Maker:
     DataError
         This hpcdeq does not know them.
     """
-    makers: Mapping[str, Callable[..., Maker]] = {
-        "crystals": _of_structures,
-        "frameworks": _of_structures,
-        "molecules": _of_molecules,
-        "images": _of_images,
-    }
-    if kind not in makers:
+    if kind not in _MAKERS:
         raise DataError(f"samples of kind '{kind}' cannot be made from raw files by this hpcdeq: update it")
     try:
-        return makers[kind](**settings)
+        return _MAKERS[kind](**settings)
     except TypeError as error:
         raise DataError(
             f"samples were made with settings that this hpcdeq does not have ({error}): update it"
@@ -113,3 +107,11 @@ def _make_images(
         images.append(image)
     stacked = np.stack(images) if images else np.zeros((0, *shape))
     return ids, normalised(stacked, np.array(channel_mean), np.array(channel_std)), skipped
+
+
+_MAKERS: Mapping[str, Callable[..., Maker]] = {
+    "crystals": _of_structures,
+    "frameworks": _of_structures,
+    "molecules": _of_molecules,
+    "images": _of_images,
+}

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 from hpcdeq import parallel
-from hpcdeq.builders.graphs import Recipe, Shares, prepare_graphs
+from hpcdeq.builders.graphs import Recipe, prepare_graphs
 from hpcdeq.builders.labelling import Labelling
 from hpcdeq.builders.molecular import MoleculeSettings, build_molecules
 from hpcdeq.builders.molecule_sources import source_rows
-from hpcdeq.builders.samples import Progress, Report, silent
+from hpcdeq.builders.samples import Progress, Report, Shares, silent
 
 # Near the median of QM9.
 DIPOLE = Labelling("mu", (2.5,), ("weakly polar", "strongly polar"), "debye")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.metadata
 import itertools
@@ -9,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from hpcdeq.data.schema import SPLITS
-from hpcdeq.errors import DataError
+from hpcdeq.errors import DataError, OptionError
 
 BLOCK = 64  # rows a task: large enough to hide the cost of sending it, small enough to share out evenly
 TEST_FRACTION = 0.1
@@ -73,6 +75,57 @@ class Report:
 def silent(items: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
     """Show no progress. Not collective."""
     return items
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which rows are used, and how they are shared out.
+
+    Attributes
+    ----------
+    validation_fraction
+        Of the train groups of a source with splits but without validation samples, else of all groups.
+    seed
+        Of the hash that shares groups out, and of the order of a folder's images.
+    limit
+        Use so many rows only, the first of the source (images: of each of its splits, in proportion to their numbers);
+        None for all.
+    """
+
+    validation_fraction: float = 0.1
+    seed: int = 0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense."""
+        if not 0 <= self.validation_fraction <= 0.5:
+            raise OptionError(f"--validation-fraction {self.validation_fraction}: from 0 to 0.5")
+        if self.limit is not None and self.limit < 1:
+            raise OptionError(f"--limit {self.limit}: at least 1")
+
+
+def list_skipped(out: Path, skipped: Sequence[Skipped]) -> Path:
+    """Write all skipped rows next to a file, remove the list of an earlier run where there are none, and return its name.
+
+    Not collective.
+
+    Raises
+    ------
+    DataError
+        The list cannot be written.
+    """
+    listing = out.with_suffix(SKIPPED_LIST)
+    try:
+        if not skipped:
+            listing.unlink(missing_ok=True)
+            return listing
+        with listing.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["row", "reason"])
+            table.writerows([row.row, row.reason] for row in skipped)
+    except OSError as error:
+        raise DataError(f"{out} is written, but not the list of skipped rows: {error}") from error
+    return listing
 
 
 def refuse_if_none(source: object, usable: int, skipped: Sequence[Skipped]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hpcdeq import parallel
 from hpcdeq.errors import ConvergenceError
+from hpcdeq.problem.phases import RECORD
 from hpcdeq.problem.training import TrainingProblem
 
 # Outputs that differ by more than this part of all outputs' size are those of different fixed points: far above what
@@ -61,7 +62,7 @@ def elsewhere(problem: TrainingProblem, p: Tensor) -> tuple[int, int]:
         with torch.no_grad():
             return problem.visits.visit(p, problem.visits.chunk(0), 0, compare) or (0, 0)
 
-    with problem.accounts.paused():
+    with problem.phases.of(RECORD), problem.accounts.paused():
         counts = np.array(problem.agreed(own))
     differing, examined = parallel.sum_over_ranks(problem.comm, counts)
     return int(differing), int(examined)
