@@ -8,7 +8,6 @@ directories (or the DIR of a comparison), it compares those.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from hpcdeq.campaign.campaign import Campaign
 from hpcdeq.campaign.plan import UNBOUNDED, Variant, plan_variants, read_set, split_base
 from hpcdeq.commands import CommandParser
-from hpcdeq.config import EMBEDDED, EMBEDDED_SETTINGS, TrainConfig, add_settings, named_options, read_toml
+from hpcdeq.config import EMBEDDED, EMBEDDED_SETTINGS, add_settings, named_options, read_toml, with_options
 from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, OptionError, suggestion
 from hpcdeq.methods import learning_rate_grid
 from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments
@@ -187,8 +186,7 @@ def _plan(options: argparse.Namespace, petsc: list[str]) -> tuple[list[Variant],
     tables: dict[str, dict[str, Any]] = {}
     for path in options.sources:
         base, tables = split_base(read_toml(path), f"configuration {path}")
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    base |= {name: value for name, value in vars(options).items() if name in names and value is not None}
+    base = with_options(base, options)
     base["petsc"] = {**base.get("petsc", {}), **named_options(petsc)}
     base.pop("optimizer", None)
     first = base.pop("seed", 0)

@@ -27,6 +27,7 @@ from hpcdeq.methods import (
 
 EMBEDDED = "burgers"
 # The embedded problem is for a first look: it ends within a minute on two cores.
+DEFAULT_MODELS = {"array": "mlp_deq", "graph": "graph_deq"}  # by the representation of the data
 EMBEDDED_SETTINGS = {"max_iterations": 15}
 # Fixed points to eight digits let line searches work to near the end; products need fewer. Layers on their own are
 # tighter (hpcdeq.deq.forward.TOLERANCES); single precision keeps theirs. A trial point that needs more than a hundred
@@ -186,6 +187,12 @@ def add_settings(parser: CommandParser) -> None:
         help="mlp, deeponet, fno, mlp_deq, deeponet_deq, fno_deq, monotone_deq, conv_deq, of graphs: graph_deq, graph_image_deq, "
         "graph_unrolled, graph_image_unrolled, cgcnn (default: by the data)",
     )
+    parser.add_argument(
+        "--model-settings",
+        type=_model_settings,
+        metavar="NAME=VALUE,...",
+        help="of the model, e.g. width=32,contraction=0.5 (a wrong name lists them)",
+    )
     parser.add_argument("--max-iterations", type=int, metavar="N", help="steps; of adam, epochs (default 100)")
     parser.add_argument("--max-seconds", type=float, metavar="S", help="of the optimisation (default: no bound)")
     minibatch = "of " + ", ".join(MINIBATCH)
@@ -246,6 +253,22 @@ def add_settings(parser: CommandParser) -> None:
         ("adaptive", "solve as progress asks for"),
     ):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{told} (default)")
+
+
+def _model_settings(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads("\n".join(text.split(",")))
+    except tomllib.TOMLDecodeError:
+        raise argparse.ArgumentTypeError(f"'{text}': give NAME=VALUE,... such as width=32,contraction=0.5") from None
+
+
+def with_options(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Return settings with what was typed on the command line over them, settings of the model one by one. Not collective."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    if "model_settings" in given:
+        given["model_settings"] = {**settings.get("model_settings", {}), **given["model_settings"]}
+    return {**settings, **given}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

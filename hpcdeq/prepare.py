@@ -58,8 +58,8 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
-def _structure_kind(name: str, summary: str, learned: str, group: str, least_distance: float) -> Kind:
-    """Return a kind of periodic structures; what ``learned``, ``group`` and ``least_distance`` say are its defaults."""
+def _structure_kind(name: str, summary: str, learned: str, group: str, voids: int, least_distance: float) -> Kind:
+    """Return a kind of periodic structures; what the arguments after the summary say are its defaults."""
 
     def add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
@@ -74,6 +74,9 @@ def _structure_kind(name: str, summary: str, learned: str, group: str, least_dis
         )
         parser.add_argument(
             "--radius", type=float, metavar="R", help="no neighbour is farther away, angstrom (default: no limit)"
+        )
+        parser.add_argument(
+            "--voids", type=int, metavar="N", help=f"the N largest empty spheres become nodes, too (default {voids})"
         )
         parser.add_argument(
             "--group",
@@ -98,7 +101,9 @@ def _structure_kind(name: str, summary: str, learned: str, group: str, least_dis
             options.out,
             options.source,
             _labels(options, preset),
-            dataclasses.replace(settings, **_given(options, "neighbours", "radius", "group", "least_distance")),
+            dataclasses.replace(
+                settings, **_given(options, "neighbours", "radius", "voids", "group", "least_distance")
+            ),
             _shares(options),
             kind=name,
             processes=_processes(options),
@@ -282,6 +287,7 @@ KINDS = {
         "structures with a property, as graphs of neighbours",
         "default band_gap, at 0.01 and 3 eV: metal, semiconductor, insulator",
         "formula",
+        0,
         0.1,
     ),
     "frameworks": _structure_kind(
@@ -289,6 +295,7 @@ KINDS = {
         "metal-organic frameworks by pore size, as graphs of neighbours",
         "default LCD, at 5 and 7 angstrom: small, medium, large",
         "family",
+        16,
         0.5,
     ),
     "molecules": Kind("molecules with a property, as graphs of atoms", _molecule_options, _build_molecules),

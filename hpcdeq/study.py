@@ -220,8 +220,8 @@ class Study:
         return stiff_case(samples=options.samples, seed=options.seed, dtype=dtype, device=options.device)
 
     def _default_model(self) -> str:
+        from hpcdeq.config import DEFAULT_MODELS
         from hpcdeq.data.shards import Shards
-        from hpcdeq.train import DEFAULT_MODELS
 
         return DEFAULT_MODELS[Shards(Path(self.options.data)).schema.representation]
 

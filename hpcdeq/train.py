@@ -7,7 +7,6 @@ Nothing heavy is imported before the command line is understood.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
@@ -15,8 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcdeq.commands import CommandParser
-from hpcdeq.config import EMBEDDED, TrainConfig, add_settings, as_toml, complete, named_options, read_config
-from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, ConvergenceError, DataError, HpcdeqError, OptionError
+from hpcdeq.config import (
+    EMBEDDED,
+    TrainConfig,
+    add_settings,
+    as_toml,
+    complete,
+    named_options,
+    read_config,
+    with_options,
+)
+from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, ConvergenceError, HpcdeqError
 from hpcdeq.methods import METHODS, MINIBATCH
 from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments
 
@@ -25,12 +33,9 @@ if TYPE_CHECKING:
 
     from hpcdeq.data import Dataset
     from hpcdeq.optim import Iterate, Result
-    from hpcdeq.problem import TrainingProblem
-    from hpcdeq.problem.terms import Term
     from hpcdeq.problem.training import Evaluation
 
 PROGRAM = "python -m hpcdeq.train"
-DEFAULT_MODELS = {"array": "mlp_deq", "graph": "graph_deq"}
 EMBEDDED_SAMPLES = 1000
 PREFIXES = ("tao_", "deq_")  # what an option of PETSc's must begin with
 
@@ -61,8 +66,7 @@ def build_parser() -> CommandParser:
 def resolve(options: argparse.Namespace, petsc: list[str]) -> TrainConfig:
     """Return the configuration: defaults, then the file, then the command line. Not collective."""
     settings: dict[str, Any] = {} if options.config is None else read_config(options.config)
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
-    settings |= {name: value for name, value in vars(options).items() if name in names and value is not None}
+    settings = with_options(settings, options)
     settings["petsc"] = {**settings.get("petsc", {}), **named_options(petsc)}
     return complete(settings)
 
@@ -124,6 +128,7 @@ class Training:
 
         from hpcdeq import parallel
         from hpcdeq.record import Progress, RunDirectory, fingerprint
+        from hpcdeq.tasks import make_problem
 
         self.comm = parallel.WORLD
         self.config = config
@@ -132,7 +137,7 @@ class Training:
             torch.set_num_threads(parallel.cores_of_rank(self.comm))
         self.directory = RunDirectory(out or parallel.from_root(self.comm, self._new_name()))
         self.sets = self._datasets()
-        self.problem = self._problem()
+        self.config, self.problem = make_problem(config, self.sets["train"], self.comm)
         self.progress = Progress(self.problem.loss_function.metric, quiet=quiet or self.comm.rank != 0, interval=0.5)
         # What the summary says of the run besides its result.
         self.facts = {
@@ -149,9 +154,7 @@ class Training:
         return str(Path("runs") / f"{stamp}-{Path(self.config.data).stem}-{self.config.optimizer.replace(':', '-')}")
 
     def _datasets(self) -> dict[str, Dataset]:
-        import torch
-
-        from hpcdeq.data import Dataset
+        from hpcdeq.tasks import read_splits
 
         path = self.config.data
         if path == EMBEDDED:
@@ -160,56 +163,7 @@ class Training:
             self.directory.create(self.comm)
             path = str(self.directory.path / f"{EMBEDDED}.h5")
             prepare_burgers(path, EMBEDDED_SAMPLES, comm=self.comm, command=PROGRAM)
-        dtype = getattr(torch, self.config.dtype)
-        sets = {split: Dataset(path, split, self.comm, dtype) for split in ("train", "validation", "test")}
-        if sets["train"].count < self.comm.size:
-            raise DataError(
-                f"{path} has {sets['train'].count} training samples, the job {self.comm.size} ranks: run with at most"
-                f" {sets['train'].count} (mpirun -n {max(1, sets['train'].count)}), or prepare more samples",
-                agreed=True,
-            )
-        return sets
-
-    def _problem(self) -> TrainingProblem:
-        import torch
-
-        from hpcdeq import parallel
-        from hpcdeq.models import build_model, model_config
-        from hpcdeq.problem import L1, LOSSES, JacobianPenalty, TrainingProblem
-
-        config, train = self.config, self.sets["train"]
-        with parallel.agreement(self.comm):
-            if config.device == "cuda" and not torch.cuda.is_available():
-                raise OptionError("--device cuda: torch finds no GPU here; leave the option out")
-            self.model_name = config.model or DEFAULT_MODELS[train.schema.representation]
-            settings = model_config(self.model_name, config.model_settings)
-            model = build_model(
-                self.model_name,
-                settings,
-                train.schema.representation,
-                train.input_shape,
-                train.output_size,
-                seed=config.seed,
-                dtype=getattr(torch, config.dtype),
-                device=config.device,
-            )
-        # What was left to the defaults is part of what decides the run, and is saved with it.
-        self.config = dataclasses.replace(config, model=self.model_name, model_settings=dataclasses.asdict(settings))
-        loss = next(loss for loss in LOSSES.values() if loss.task == train.task)
-        terms: list[Term] = [L1(config.l1)] if config.l1 else []
-        terms += [JacobianPenalty(config.jacobian_penalty)] if config.jacobian_penalty else []
-        return TrainingProblem(
-            model,
-            train,
-            loss,
-            self.comm,
-            chunk_size=config.chunk_size,
-            weight_decay=config.penalty(),
-            terms=terms,
-            warm_start=config.warm_start,
-            adaptive=config.adaptive,
-            on_failure=config.on_failure,
-        )
+        return read_splits(path, self.config.dtype, self.comm)
 
     # ----------------------------------------------------------------------------------------------------- run
 
@@ -274,7 +228,7 @@ class Training:
             preset = " ".join(f"--{k.replace('_', '-')} {getattr(self.config, k)}" for k in names) + f" {preset}"
         return (
             f"data       {self.config.data}: {self.sets['train'].task}, {counts}\n"
-            f"model      {self.model_name}, {self.problem.layout.count} weights, {self.config.dtype}\n"
+            f"model      {self.config.model}, {self.problem.layout.count} weights, {self.config.dtype}\n"
             f"optimizer  {self.config.optimizer} on {self.comm.size} ranks\n"
             f"options    {preset}\n"
         )
@@ -329,7 +283,7 @@ class Training:
                 layout = self.problem.layout
                 save_model(
                     self.directory.path / "best.h5",
-                    self.model_name,
+                    self.config.model,
                     as_toml(self.config),
                     dict(zip(layout.names, layout.unflatten(x), strict=True)),
                     dict(self.problem.model.named_buffers()),
@@ -362,7 +316,7 @@ class Training:
                 told = summary(
                     result,
                     task=self.sets["train"].task,
-                    model=self.model_name,
+                    model=self.config.model,
                     optimizer=self.config.optimizer,
                     metric_name=self.problem.loss_function.metric,
                     fixed_point=over_run(self.statistics),

@@ -195,7 +195,7 @@ def graph_cases(source: Path, folder: Path) -> Callable[[float], Case]:
     torch.manual_seed(0)
     model = GraphDeq(GraphDeqConfig(), (), 3).double()
     with torch.no_grad():
-        given = model.inject(batch)  # type: ignore[arg-type]
+        given = model.inject(batch, model.edges(batch))  # type: ignore[arg-type]
 
     def case(scale: float) -> Case:
         scaled = dataclasses.replace(given, own=scale * given.own, message=scale * given.message)

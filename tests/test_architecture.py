@@ -27,7 +27,7 @@ FLOORS = [
     {"tuning"},
     {"report"},
     {"config"},
-    {"inference"},
+    {"inference", "tasks"},
     {"train", "prepare", "doctor", "predict", "evaluate", "compare", "study", "campaign"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -173,6 +173,16 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file
     )
 
 
+def test_settings_of_the_model_are_taken_one_by_one(file: Path) -> None:
+    file.write_text("[model_settings]\nwidth = 7\ndepth = 2\n")
+    found = resolved(f"{file} --data a.h5 --model-settings width=9,bound=0.5,name='x'")
+    assert found.model_settings == {"width": 9, "depth": 2, "bound": 0.5, "name": "x"}
+    assert type(found.model_settings["width"]) is int
+    with pytest.raises(SystemExit) as end:
+        resolved("--model-settings width:9")
+    assert end.value.code == 2
+
+
 def test_a_zero_on_the_command_line_wins_too(file: Path) -> None:
     file.write_text("seed = 3\nweight_decay = 0.5\nmax_iterations = 7\n")
     found = resolved(f"{file} --seed 0 --weight-decay 0 --max-iterations 0")

@@ -172,7 +172,7 @@ GRAPH_DAMAGE = {
     "split": (put("/sample/split", 4, 7), r"/sample/split row 4: 7 is not 0, 1 or 2"),
     "label": (put("/sample/target", 5, 3), r"/sample/target row 5: 3 is label out of range, classes are 0 to 2"),
     "negative": (put("/sample/target", 0, -1), r"/sample/target row 0: -1 is label out of range"),
-    "element": (put("/graph/atomic_number", 0, 0), r"/graph/atomic_number row 0: 0 is not 1 to 118"),
+    "element": (put("/graph/atomic_number", 0, 119), r"/graph/atomic_number row 0: 119 is not 0 to 118"),
     "neighbour": (put("/graph/edge_source", 0, 50), r"/graph/edge_source row 0: 50 is no node of its own graph"),
     "nan": (put("/graph/edge_vector", 0, np.nan), r"/graph/edge_vector row 0: nan is not finite"),
 }

@@ -28,7 +28,7 @@ from hpcdeq.builders.periodic import StructureSettings
 from hpcdeq.builders.samples import Shares
 from hpcdeq.builders.structures import read_structure, source_rows
 from hpcdeq.data.dataset import Dataset
-from hpcdeq.data.graphs import GraphArrays
+from hpcdeq.data.graphs import GraphArrays, atoms_only
 from hpcdeq.data.shards import Shards
 from hpcdeq.errors import DataError, OptionError
 from hpcdeq.models import build_model, model_config
@@ -87,6 +87,7 @@ def test_thresholds_given_as_text_count_the_same(tmp_path: Path) -> None:
     assert schema.provenance["settings"] == {
         "neighbours": 12,
         "radius": 0.0,
+        "voids": 16,
         "group": "family",
         "least_distance": 0.5,
     }
@@ -282,7 +283,7 @@ def test_a_folder_with_a_table(tmp_path: Path, table: str, name: str) -> None:
     found = by_name(out)
     told = {key: (split, target) for key, (split, target, _) in found.items()}
     assert told == {"ABCDEF": (0, [4.5]), "ABCDEF01": (0, [5.5]), "GHIJKL": (2, [7.5])}
-    near = np.linalg.norm(found["GHIJKL"][2].edge_vector, axis=1).min()
+    near = np.linalg.norm(atoms_only(found["GHIJKL"][2]).edge_vector, axis=1).min()
     assert abs(near - 5.0 * 3**0.5 / 2) < 1e-9
 
 
@@ -520,7 +521,7 @@ def test_ten_thousand_atoms(tmp_path: Path) -> None:
     for source in (tmp_path, lines(tmp_path / "rows.jsonl", [plain])):
         report = prepare_crystals(tmp_path / "out.h5", source, CAVITY, SETTINGS)
         assert not report.skipped
-        found.append(by_name(tmp_path / "out.h5")["large"][2])
+        found.append(atoms_only(by_name(tmp_path / "out.h5")["large"][2]))
     assert all(graph.atomic_number.tolist() == numbers and graph.edge_source.size == 120_000 for graph in found)
     assert np.array_equal(found[0].edge_source, found[1].edge_source)
     for atom in (0, 4321, 9999):
@@ -548,7 +549,8 @@ def test_real_frameworks(tmp_path: Path) -> None:
     for name, (split, label, graph) in found.items():
         assert classes[label] == published[name]["class_LCD"]
         assert (split == 2) == (published[name]["split"] == "test")
-        assert graph.atomic_number.size == int(published[name]["nsites"])
+        assert atoms_only(graph).atomic_number.size == int(published[name]["nsites"])
+        assert 0 < (graph.atomic_number == 0).sum() <= 16
         homes.setdefault(published[name]["family"], set()).add(split)
     assert all(len(splits) == 1 for splits in homes.values()) and len(set.union(*homes.values())) == 3
     skipped = {}

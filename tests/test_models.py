@@ -17,19 +17,19 @@ from hpcdeq.models.base import kind_named
 from hpcdeq.models.blocks import BoundedWeight, RadialBasis
 from hpcdeq.models.elements import element_table
 from hpcdeq.models.graph_image import slots
-from hpcdeq.models.message_passing import GatedConvolution, Pooling
+from hpcdeq.models.message_passing import DipolePooling, GatedConvolution, Pooling
 
 SMALL: dict[str, dict[str, object]] = {
-    "cgcnn": {"width": 5, "radial": 4, "head": 6, "depth": 2},
+    "cgcnn": {"width": 5, "radial": 4, "head": 6, "depth": 2, "dipole": 2},
     "conv_deq": {"width": 4, "groups": 2, "pool": 2},
     "deeponet": {"width": 6, "basis": 4},
     "deeponet_deq": {"width": 6, "basis": 4},
     "fno": {"width": 3, "modes": 2},
     "fno_deq": {"width": 3, "modes": 2},
-    "graph_deq": {"width": 5, "radial": 4, "head": 6},
+    "graph_deq": {"width": 5, "radial": 4, "head": 6, "dipole": 2},
     "graph_image_deq": {"width": 4, "radial": 4, "head": 6, "neighbours": 3},
     "graph_image_unrolled": {"width": 4, "radial": 4, "head": 6, "neighbours": 3, "steps": 3},
-    "graph_unrolled": {"width": 5, "radial": 4, "head": 6, "steps": 3},
+    "graph_unrolled": {"width": 5, "radial": 4, "head": 6, "steps": 3, "dipole": 2},
     "mlp": {"width": 6},
     "mlp_deq": {"width": 6},
 }
@@ -74,6 +74,7 @@ def graph(atoms: int, seed: int) -> GraphBatch:
         position[source] - position[target],
         torch.zeros(atoms, dtype=torch.int64),
         1,
+        formal_charge=torch.randint(-1, 2, (atoms,), generator=random),
     )
 
 
@@ -87,6 +88,7 @@ def joined(graphs: list[GraphBatch]) -> GraphBatch:
         torch.cat([g.edge_vector for g in graphs]),
         torch.cat([torch.full((len(g.atomic_number),), i) for i, g in enumerate(graphs)]),
         len(graphs),
+        formal_charge=torch.cat([g.formal_charge for g in graphs]),
     )
 
 
@@ -101,6 +103,7 @@ def permuted(batch: GraphBatch, order: Tensor) -> GraphBatch:
         batch.edge_vector[edges],
         batch.node_graph[order],
         batch.num_graphs,
+        formal_charge=batch.formal_charge[order],
     )
 
 
@@ -373,6 +376,38 @@ def test_turning_a_molecule_does_not_matter_stretching_it_does(name: str) -> Non
         assert float((model(stretched) - expected).abs().max()) > 1e-4
 
 
+def test_a_dipole_tells_what_distances_hide() -> None:
+    """Vectors in opposite directions cancel, along each other they add up; a sum of lengths sees no difference."""
+    pooling = DipolePooling(3, 2, 4).double()
+    h = torch.randn(3, 3, dtype=torch.float64)
+    source, target = torch.tensor([1, 2]), torch.tensor([0, 0])
+    edges = torch.randn(1, 2, dtype=torch.float64).repeat(2, 1)
+    h[2] = h[1]
+    along = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64)
+
+    def length(first: Tensor, second: Tensor) -> Tensor:
+        graph = GraphBatch(
+            torch.ones(3, dtype=torch.int64), source, target, torch.stack([first, second]), 0 * target[[0, 0, 0]], 1
+        )
+        return pooling(h, edges, graph)[0]
+
+    with torch.no_grad():
+        charge = pooling.transfer(
+            torch.nn.functional.silu(pooling.edge(edges[:1]) + pooling.own(h[:1]) + pooling.other(h[1:2]))
+        )
+        torch.testing.assert_close(length(along, -along), torch.full((4,), 1e-3, dtype=torch.float64))
+        torch.testing.assert_close(length(along, along), 2 * 3 * charge[0].abs(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_formal_charge_is_told_from_none(name: str) -> None:
+    model, molecule = tight(built(name)), graph(4, seed=2)
+    with torch.no_grad():
+        model.element.charge += 1.0
+        charged = dataclasses.replace(molecule, formal_charge=molecule.formal_charge + 1)
+        assert float((model(charged) - model(molecule)).abs().max()) > 1e-4
+
+
 def test_messages_go_from_the_source_of_an_edge_to_its_target() -> None:
     """Atoms 0 -> 1 -> 2: a change of an atom reaches those after it and none before."""
     model, states = tight(built("graph_deq")), []
@@ -389,7 +424,7 @@ def test_messages_go_from_the_source_of_an_edge_to_its_target() -> None:
 @pytest.mark.parametrize("name", ["cgcnn", "graph_deq"])
 def test_a_copy_of_every_neighbour_changes_nothing(name: str) -> None:
     """Messages are averaged over an atom's neighbours, not summed."""
-    model, molecule = tight(built(name)), graph(4, seed=2)
+    model, molecule = tight(built(name, dipole=0)), graph(4, seed=2)
     twice = dataclasses.replace(
         molecule,
         edge_source=molecule.edge_source.repeat(2),

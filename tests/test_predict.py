@@ -15,9 +15,12 @@ from PIL import Image
 
 import hpcdeq
 from hpcdeq import parallel
+from hpcdeq.data.dataset import target_statistics
 from hpcdeq.data.schema import Schema
 from hpcdeq.errors import CheckpointError, DataError
+from hpcdeq.models.blocks import OutputScale
 from hpcdeq.predict import main
+from hpcdeq.prepare import main as prepare_main
 from hpcdeq.record.restore import saved_of
 from hpcdeq.train import main as train
 
@@ -208,3 +211,34 @@ def test_models_of_other_data_or_times(run_of_crystals: Path, run: Run, tmp_path
         del file.attrs["schema"]
     with pytest.raises(CheckpointError, match="does not say what data it was trained on"):
         hpcdeq.load(tmp_path / "b")
+
+
+def test_numbers_are_predicted_in_the_units_of_the_training_targets(tmp_path: Path) -> None:
+    """The model learns numbers of mean 0 and deviation 1; what it says is in the units of the data, the saved model's too."""
+    folder = tmp_path / "crystals"
+    folder.mkdir()
+    crystals(folder / "rows.jsonl", 60)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["energy"] = 7000 + 50 * row["band_gap"]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare = ["crystals", str(folder / "rows.jsonl"), "--property", "energy", "--regression", "--units", "meV"]
+    assert prepare_main([*prepare, "--out", str(folder / "c.h5"), "--quiet"]) == 0
+    assert train([*f"--data {folder / 'c.h5'} --out {folder / 'r'} {TRAINED} --max-iterations 0".split()]) == 0
+    known = np.array([row["energy"] for row in rows if row["split"] == "train"])
+    model = hpcdeq.load(folder / "r")
+    scale = next(module for module in model.modules() if isinstance(module, OutputScale))
+    assert float(scale.mean) == pytest.approx(known.mean(), rel=1e-12)
+    assert float(scale.deviation) == pytest.approx(known.std(), rel=1e-12)
+    assert main([str(folder / "r"), str(folder / "rows.jsonl"), "--out", str(folder / "p.csv"), "--quiet"]) == 0
+    found = np.array([float(row["energy"]) for row in table(folder / "p.csv")])
+    assert abs(found - known.mean()).max() < 5 * known.std() < 1000
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_target_statistics_do_not_depend_on_the_ranks(comm: parallel.Comm) -> None:
+    targets = 1e6 + torch.randn(7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    own = parallel.own_slice(7, comm.rank, max(comm.size - 1, 1)) if comm.rank < max(comm.size - 1, 1) else slice(0, 0)
+    mean, deviation = target_statistics(targets[own], comm)
+    np.testing.assert_allclose(mean, targets.mean(dim=0), rtol=1e-14)
+    np.testing.assert_allclose(deviation, targets.std(dim=0, correction=0), rtol=1e-9)

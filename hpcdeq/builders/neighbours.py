@@ -59,8 +59,7 @@ def neighbours_of(
     if distance.size and distance.min() < least_distance:
         pair = int(np.argmin(distance))
         raise ValueError(f"atoms {target[pair]} and {source[pair]} are {distance[pair]:.3g} A apart: they overlap")
-    rounded = np.rint(distance / SAME_DISTANCE)
-    order = np.lexsort((image[:, 2], image[:, 1], image[:, 0], source, rounded, target))
+    order = _sorted(target, source, image, distance)
     if neighbours:
         first = np.searchsorted(target[order], np.arange(atoms))
         order = order[np.arange(order.size) - first[target[order]] < neighbours]
@@ -76,37 +75,71 @@ def neighbours_of(
     )
 
 
-Pairs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # atom, neighbour, its image, distance
+def nearest_of(
+    lattice: np.ndarray, positions: np.ndarray, centres: np.ndarray, neighbours: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the atoms that are nearest to points of the cell.
+
+    Not collective.
+
+    Parameters
+    ----------
+    lattice, positions, centres
+        ``(3, 3)``, ``(n, 3)`` and ``(c, 3)`` Å.
+    neighbours
+        How many a point.
+
+    Returns
+    -------
+    tuple
+        ``(c * neighbours,)`` points, ``(c * neighbours,)`` atoms, ``(c * neighbours, 3)`` Å from one to the other; by point,
+        nearest first.
+    """
+    target, source, image, distance = _at_least(lattice, positions, neighbours, centres)
+    order = _sorted(target, source, image, distance)
+    first = np.searchsorted(target[order], np.arange(len(centres)))
+    order = order[np.arange(order.size) - first[target[order]] < neighbours]
+    target, source = target[order], source[order]
+    return target, source, positions[source] + image[order] @ lattice - centres[target]
 
 
-def _at_least(lattice: np.ndarray, positions: np.ndarray, neighbours: int) -> Pairs:
-    """Return so many neighbours of every atom or more, the nearest among them."""
-    atoms = len(positions)
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # point, neighbour, its image, distance
+
+
+def _sorted(target: np.ndarray, source: np.ndarray, image: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    return np.lexsort((image[:, 2], image[:, 1], image[:, 0], source, np.rint(distance / SAME_DISTANCE), target))
+
+
+def _at_least(lattice: np.ndarray, positions: np.ndarray, neighbours: int, centres: np.ndarray | None = None) -> Pairs:
+    """Return so many neighbours of every atom, or of other points, or more, the nearest among them."""
+    atoms, points = len(positions), len(positions if centres is None else centres)
     volume = abs(float(np.linalg.det(lattice)))
     # A uniform crystal has neighbours + 1 points in this sphere on average, the central one included.
     radius = 1.1 * math.cbrt(3 * (neighbours + 1) * volume / (4 * math.pi * atoms)) + 0.5
     for _ in range(ATTEMPTS):
-        found = _within(lattice, positions, radius)
+        found = _within(lattice, positions, radius, centres)
         # Ties at the rim may be found in part only, so the last neighbour has to be clear of it.
         clear = found[3] <= radius - 2 * SAME_DISTANCE
-        if np.bincount(found[0][clear], minlength=atoms).min() >= neighbours:
+        if np.bincount(found[0][clear], minlength=points).min() >= neighbours:
             return found[0][clear], found[1][clear], found[2][clear], found[3][clear]
         radius *= GROWTH
-    raise ValueError(f"an atom has fewer than {neighbours} neighbours within {radius / GROWTH:.3g} A")
+    raise ValueError(f"an atom or void has fewer than {neighbours} neighbours within {radius / GROWTH:.3g} A")
 
 
-def _within(lattice: np.ndarray, positions: np.ndarray, radius: float) -> Pairs:
-    """Return all neighbours within a radius."""
+def _within(lattice: np.ndarray, positions: np.ndarray, radius: float, centres: np.ndarray | None = None) -> Pairs:
+    """Return all neighbours within a radius, of every atom or of other points."""
     from pymatgen.optimization.neighbors import find_points_in_spheres
 
     target, source, image, distance = find_points_in_spheres(
         positions,
-        positions,
+        positions if centres is None else np.ascontiguousarray(centres),
         r=radius,
         pbc=np.ones(3, np.int64),
         lattice=np.ascontiguousarray(lattice, float),
         tol=SAME_DISTANCE,
     )
     image = np.rint(image).astype(np.int64)
+    if centres is not None:
+        return target, source, image, distance
     others = (target != source) | image.any(axis=1)
     return target[others], source[others], image[others], distance[others]

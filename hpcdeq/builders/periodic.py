@@ -10,6 +10,7 @@ from hpcdeq.builders.neighbours import OVERLAP, neighbours_of
 from hpcdeq.builders.samples import Skipped
 from hpcdeq.builders.spool import Built
 from hpcdeq.builders.structures import SourceRow, read_structure
+from hpcdeq.builders.voids import with_voids
 from hpcdeq.data.graphs import GraphArrays, join_graphs
 from hpcdeq.errors import OptionError
 
@@ -24,6 +25,8 @@ class StructureSettings:
         Edges an atom, to its nearest neighbours; 0: as many as are within the radius.
     radius
         Å: edges are no longer; 0: as long as it takes.
+    voids
+        The largest empty spheres between the atoms, so many at most, become nodes, too.
     group
         What relatives share, which are never in two splits: ``formula`` (reduced), ``family`` (of CSD refcodes), or a field
         of the source.
@@ -33,6 +36,7 @@ class StructureSettings:
 
     neighbours: int = 12
     radius: float = 0.0
+    voids: int = 0
     group: str = "formula"
     least_distance: float = OVERLAP
 
@@ -42,6 +46,10 @@ class StructureSettings:
             raise OptionError(f"--neighbours {self.neighbours}: at least 1, or 0 with a --radius")
         if not 0 <= self.radius < math.inf:
             raise OptionError(f"--radius {self.radius}: a length in angstrom, or 0 for none")
+        if self.voids < 0 or (self.voids and not self.neighbours):
+            raise OptionError(
+                f"--voids {self.voids}: give --voids 0, or --neighbours K, which is how many edges a void has"
+            )
         if not 0 <= self.least_distance < math.inf:
             raise OptionError(f"--least-distance {self.least_distance}: a length in angstrom")
 
@@ -63,16 +71,17 @@ def build_structures(rows: list[SourceRow], settings: StructureSettings, labels:
             skipped.append(Skipped(name, reason))
             continue
         try:
-            graphs.append(
-                neighbours_of(
-                    record.lattice,
-                    record.atomic_number,
-                    record.frac,
-                    settings.neighbours,
-                    settings.radius,
-                    settings.least_distance,
-                )
+            graph = neighbours_of(
+                record.lattice,
+                record.atomic_number,
+                record.frac,
+                settings.neighbours,
+                settings.radius,
+                settings.least_distance,
             )
+            if settings.voids:
+                graph = with_voids(graph, record.lattice, record.frac, settings.voids, settings.neighbours)
+            graphs.append(graph)
         except ValueError as error:
             skipped.append(Skipped(name, str(error)))
             continue

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from hpcdeq.campaign.plan import Planned, Variant, run_of
 from hpcdeq.campaign.training import ComparedTraining
-from hpcdeq.config import EMBEDDED, TrainConfig, read_config
+from hpcdeq.config import DEFAULT_MODELS, EMBEDDED, TrainConfig, read_config
 from hpcdeq.errors import ConvergenceError, DataError, OptionError
-from hpcdeq.train import DEFAULT_MODELS, EMBEDDED_SAMPLES, PREFIXES, Training
+from hpcdeq.train import EMBEDDED_SAMPLES, PREFIXES, Training
 
 if TYPE_CHECKING:
     from hpcdeq.report import Comparison, Run

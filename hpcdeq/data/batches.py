@@ -23,7 +23,7 @@ class GraphBatch:
     Attributes
     ----------
     atomic_number
-        ``(n,)`` int64.
+        ``(n,)`` int64; 0: no atom, the centre of a void.
     edge_source, edge_target
         ``(E,)`` int64, nodes numbered over the whole batch.
     edge_vector

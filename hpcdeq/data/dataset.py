@@ -118,6 +118,23 @@ def missing_classes(dataset: Dataset, comm: parallel.Comm) -> list[str]:
     return [name for name, count in zip(dataset.schema.classes, counts, strict=True) if not count]
 
 
+def target_statistics(targets: torch.Tensor, comm: parallel.Comm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of each target number over the samples of all ranks, ``(T,)`` float64.
+
+    Collective on comm.
+
+    Parameters
+    ----------
+    targets
+        This rank's ``(b, T)`` numbers.
+    """
+    own = targets.double().cpu().numpy()
+    count = parallel.sum_over_ranks(comm, np.array([float(len(own))]))[0]
+    mean = parallel.sum_over_ranks(comm, own.sum(axis=0)) / count
+    variance = parallel.sum_over_ranks(comm, np.square(own - mean).sum(axis=0)) / count  # two passes: no cancellation
+    return torch.from_numpy(mean), torch.from_numpy(np.sqrt(variance))
+
+
 class TensorDataset:
     """A pair of tensors, this rank's rows, as a source of samples.
 
@@ -242,5 +259,5 @@ class TensorDataset:
             raise DataError(f"node_graph names samples {int(graphs[0])} to {int(graphs[-1])} of {batch.num_graphs}")
         if (graphs[batch.edge_source] != graphs[batch.edge_target]).any():
             raise DataError("an edge joins two samples; edges stay within their sample")
-        if nodes and not (1 <= int(batch.atomic_number.min()) and int(batch.atomic_number.max()) <= HEAVIEST):
-            raise DataError(f"atomic numbers are 1 to {HEAVIEST}")
+        if nodes and not (0 <= int(batch.atomic_number.min()) and int(batch.atomic_number.max()) <= HEAVIEST):
+            raise DataError(f"atomic numbers are 0 (a void) to {HEAVIEST}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class GraphArrays:
     node_offset, edge_offset
         ``(b + 1,)`` int64, from zero: sample ``s`` owns nodes ``node_offset[s]`` to ``node_offset[s + 1] - 1``.
     atomic_number
-        ``(n,)`` integers.
+        ``(n,)`` integers; 0: no atom, the centre of a void.
     edge_source, edge_target
         ``(E,)`` integers, numbers of nodes within the sample.
     edge_vector
@@ -124,3 +124,47 @@ def join_graphs(parts: Sequence[GraphArrays]) -> GraphArrays:
 def _join_offsets(offsets: Sequence[np.ndarray]) -> np.ndarray:
     lengths = np.concatenate([np.diff(offset) for offset in offsets])
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+
+def join_nodes(
+    graph: GraphArrays, atomic_number: np.ndarray, source: np.ndarray, target: np.ndarray, vector: np.ndarray
+) -> GraphArrays:
+    """Return one graph with further nodes and the edges to them.
+
+    Not collective.
+
+    Parameters
+    ----------
+    graph
+        Of a single sample.
+    atomic_number
+        ``(m,)`` of the new nodes.
+    source, target, vector
+        Of the new edges: nodes of the graph, numbers among the new nodes, Å.
+    """
+    nodes = len(graph.atomic_number)
+    count, edges = nodes + len(atomic_number), len(graph.edge_source) + len(source)
+    return GraphArrays(
+        np.array([0, count]),
+        np.concatenate([graph.atomic_number, atomic_number.astype(graph.atomic_number.dtype)]),
+        np.array([0, edges]),
+        np.concatenate([graph.edge_source, source.astype(graph.edge_source.dtype)]),
+        np.concatenate([graph.edge_target, (target + nodes).astype(graph.edge_target.dtype)]),
+        np.concatenate([graph.edge_vector, vector]),
+    )
+
+
+def atoms_only(graphs: GraphArrays) -> GraphArrays:
+    """Return graphs without the nodes that are no atoms, and without their edges. Not collective."""
+    is_atom = graphs.atomic_number > 0
+    if is_atom.all():
+        return graphs
+    before = np.concatenate([[0], np.cumsum(is_atom)])  # atoms before each node
+    node_offset = before[graphs.node_offset]
+    first = np.repeat(graphs.node_offset[:-1], np.diff(graphs.edge_offset))
+    source, target = graphs.edge_source + first, graphs.edge_target + first
+    kept = is_atom[source] & is_atom[target]
+    edge_offset = np.concatenate([[0], np.cumsum(kept)])[graphs.edge_offset]
+    new_first = np.repeat(node_offset[:-1], np.diff(edge_offset))
+    picked = graphs._picked(node_offset, np.flatnonzero(is_atom), edge_offset, np.flatnonzero(kept))
+    return replace(picked, edge_source=before[source[kept]] - new_first, edge_target=before[target[kept]] - new_first)

@@ -143,8 +143,8 @@ def check_rows(source: object, schema: Schema, rows: SampleRows, numbers: np.nda
     edge_row = np.repeat(numbers, np.diff(graphs.edge_offset))
     empty = np.diff(graphs.node_offset) == 0
     _refuse(source, "/graph/node_offset", empty, graphs.node_offset[:-1], numbers, "graph without nodes")
-    wrong = (graphs.atomic_number < 1) | (graphs.atomic_number > HEAVIEST)
-    _refuse(source, "/graph/atomic_number", wrong, graphs.atomic_number, node_row, f"not 1 to {HEAVIEST}")
+    wrong = (graphs.atomic_number < 0) | (graphs.atomic_number > HEAVIEST)
+    _refuse(source, "/graph/atomic_number", wrong, graphs.atomic_number, node_row, f"not 0 to {HEAVIEST}")
     nodes = np.repeat(np.diff(graphs.node_offset), np.diff(graphs.edge_offset))
     for name, ends in (("edge_source", graphs.edge_source), ("edge_target", graphs.edge_target)):
         _refuse(source, f"/graph/{name}", (ends < 0) | (ends >= nodes), ends, edge_row, "no node of its own graph")

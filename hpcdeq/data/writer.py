@@ -198,7 +198,7 @@ class DatasetWriter:
         self._create("/graph/node_offset", np.int64, units="first node of each sample; the last entry is the total")
         self._create("/graph/edge_offset", np.int64, units="first edge of each sample; the last entry is the total")
         units = {
-            "atomic_number": "protons",
+            "atomic_number": "protons; 0: the centre of a void",
             "formal_charge": "elementary charges",
             "edge_source": f"the neighbour: {own}",
             "edge_target": f"the atom whose neighbour it is: {own}",

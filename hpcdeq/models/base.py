@@ -20,7 +20,8 @@ class ModelKind:
     Attributes
     ----------
     config
-        Frozen dataclass of its settings; every one has a default.
+        Frozen dataclass of its settings; every one has a default. Whole numbers are 1 or more unless a field's metadata say
+        what the ``least`` is.
     representation
         The representation of data that it takes: ``array`` or ``graph``.
     build
@@ -77,8 +78,9 @@ def model_config(name: str, settings: Mapping[str, Any]) -> Any:
             value, (int, float) if isinstance(default, float) else type(default)
         ):
             raise OptionError(f"model {name}: setting {key} is {value!r}, which is no {type(default).__name__}")
-        if isinstance(default, int) and not isinstance(default, bool) and value < 1:
-            raise OptionError(f"model {name}: setting {key} is {value}: give 1 or more")
+        least = fields[key].metadata.get("least", 1)
+        if isinstance(default, int) and not isinstance(default, bool) and value < least:
+            raise OptionError(f"model {name}: setting {key} is {value}: give {least} or more")
     return kind.config(**settings)
 
 

@@ -273,3 +273,30 @@ class RadialBasis(nn.Module):
     def forward(self, distance: Tensor) -> Tensor:
         """Return ``(E, count)`` from distances ``(E,)`` in Å."""
         return torch.exp(-(((distance[:, None] - self.centres) * self.inverse_width) ** 2))
+
+
+class OutputScale(nn.Module):
+    """y ↦ mean + deviation y, as the training targets have them; the last step of a model of numbers.
+
+    Parameters
+    ----------
+    count
+        Numbers.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(count))
+        self.register_buffer("deviation", torch.ones(count))
+
+    def set(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take over mean and deviation, ``(count,)``; a number that is always the same keeps a deviation of 1."""
+        self.mean.copy_(mean)
+        self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return ``(B, count)`` in the units of the targets."""
+        return torch.addcmul(self.mean, self.deviation, y)

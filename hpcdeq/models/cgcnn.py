@@ -4,38 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from hpcdeq.data import GraphBatch
 from hpcdeq.models.base import ModelKind, register
 from hpcdeq.models.elements import ElementEmbedding
-from hpcdeq.models.message_passing import EdgeFeatures, GatedConvolution, Pooling
+from hpcdeq.models.message_passing import EdgeFeatures, GatedConvolution, GraphConfig, Readout
 
 
 @dataclass(frozen=True)
-class CgcnnConfig:
+class CgcnnConfig(GraphConfig):
     """Settings of the crystal graph convolutional network (Xie and Grossman 2018, arXiv 1710.10324).
 
     Attributes
     ----------
-    width
-        Numbers of an atom.
     depth
         Convolutions.
-    radial
-        Gaussians that a distance is written in.
-    cutoff
-        Centre of the last of them, Å.
-    head
-        Units of the hidden layer after pooling.
     """
 
-    width: int = 64
     depth: int = 3
-    radial: int = 24
-    cutoff: float = 6.0
-    head: int = 128
 
 
 class Cgcnn(nn.Module):
@@ -56,16 +43,14 @@ class Cgcnn(nn.Module):
         self.element = ElementEmbedding(config.width)
         self.edges = EdgeFeatures(config.radial, config.cutoff)
         self.convolutions = nn.ModuleList(GatedConvolution(config.width, self.edges.width) for _ in range(config.depth))
-        self.pooling = Pooling(config.width)
-        self.hidden = nn.Linear(2 * config.width, config.head)
-        self.head = nn.Linear(config.head, output_size)
+        self.readout = Readout(config, config.width, self.edges.width, output_size)
 
     def forward(self, batch: GraphBatch) -> Tensor:
         """Return ``(B, output_size)`` for a batch of B graphs."""
-        h, edges = self.element(batch.atomic_number), self.edges(batch)
+        h, edges = self.element(batch), self.edges(batch)
         for convolution in self.convolutions:
             h = convolution(h, edges, batch)
-        return self.head(torch.nn.functional.silu(self.hidden(self.pooling(h, batch))))
+        return self.readout(h, edges, batch)
 
 
 register("cgcnn", ModelKind(CgcnnConfig, "graph", Cgcnn))

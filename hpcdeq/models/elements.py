@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpcdeq.data import GraphBatch
+
 HEAVIEST = 118
 BLOCKS = ("s", "p", "d", "f")
 # Attributes of pymatgen's Element, and whether their logarithm is nearer to a normal distribution.
@@ -76,7 +78,7 @@ def _tabulated(element: Any, name: str, *, logarithm: bool) -> float:
 
 
 class ElementEmbedding(nn.Module):
-    """A learned vector for each element, plus a linear map of its tabulated features.
+    """A learned vector for each element, plus a linear map of its tabulated features, plus a vector for each formal charge.
 
     The features tell a model of elements that it has seldom or never seen what they resemble.
 
@@ -94,9 +96,11 @@ class ElementEmbedding(nn.Module):
         self.register_buffer("table", table)
         self.own = nn.Embedding(len(table), width)
         self.tabulated = nn.Linear(table.shape[1], width)
+        self.charge = nn.Parameter(torch.zeros(width))
         with torch.no_grad():
             self.own.weight.mul_(0.5)
 
-    def forward(self, atomic_number: Tensor) -> Tensor:
-        """Return ``(n, width)`` for ``(n,)`` atomic numbers."""
-        return self.own(atomic_number) + self.tabulated(self.table.index_select(0, atomic_number))
+    def forward(self, batch: GraphBatch) -> Tensor:
+        """Return ``(n, width)`` for the nodes of a batch."""
+        number, charge = batch.atomic_number, batch.formal_charge.to(self.charge.dtype)
+        return self.own(number) + self.tabulated(self.table.index_select(0, number)) + charge[:, None] * self.charge

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +12,17 @@ from hpcdeq.deq import FixedPoint
 from hpcdeq.models.base import ModelKind, register
 from hpcdeq.models.blocks import BoundedWeight
 from hpcdeq.models.elements import ElementEmbedding
-from hpcdeq.models.message_passing import EdgeFeatures, GatedConvolution, Pooling, Unrolled
+from hpcdeq.models.message_passing import NONE_ALLOWED, EdgeFeatures, GatedConvolution, GraphConfig, Readout, Unrolled
 
 
 @dataclass(frozen=True)
-class GraphDeqConfig:
+class GraphDeqConfig(GraphConfig):
     """Settings of the graph DEQ.
 
     Attributes
     ----------
-    width
-        Numbers of an atom's state.
     encoder
         Explicit convolutions before the equilibrium, which say what is injected.
-    radial
-        Gaussians that a distance is written in.
-    cutoff
-        Centre of the last of them, Å.
-    head
-        Units of the hidden layer after pooling.
     bound
         Bound on the spectral norms of the two recurrent weights together; below 1 every graph has its fixed point
         whatever the weights become.
@@ -38,11 +30,7 @@ class GraphDeqConfig:
         Those norms at initialisation.
     """
 
-    width: int = 64
-    encoder: int = 1
-    radial: int = 24
-    cutoff: float = 6.0
-    head: int = 128
+    encoder: int = field(default=1, metadata=NONE_ALLOWED)
     bound: float = 0.95
     contraction: float = 0.6
 
@@ -155,13 +143,11 @@ class GraphDeq(nn.Module):
             if isinstance(config, UnrolledGraphConfig)
             else FixedPoint(cell, sample_index=lambda given: given.node_graph)
         )
-        self.pooling = Pooling(2 * d)
-        self.hidden = nn.Linear(4 * d, config.head)
-        self.head = nn.Linear(config.head, output_size)
+        self.readout = Readout(config, 2 * d, self.edges.width, output_size)
 
-    def inject(self, batch: GraphBatch) -> Injection:
-        """Return what the cell needs of a batch."""
-        atoms, edges = self.element(batch.atomic_number), self.edges(batch)
+    def inject(self, batch: GraphBatch, edges: Tensor) -> Injection:
+        """Return what the cell needs of a batch and its edges' features."""
+        atoms = self.element(batch)
         for convolution in self.encoder:
             atoms = convolution(atoms, edges, batch)
         source, target = batch.edge_source, batch.edge_target
@@ -177,10 +163,10 @@ class GraphDeq(nn.Module):
 
     def forward(self, batch: GraphBatch) -> Tensor:
         """Return ``(B, output_size)`` for a batch of B graphs."""
-        injection = self.inject(batch)
-        z = self.equilibrium(injection)
-        pooled = self.pooling(torch.cat([z, injection.node], dim=1), batch)
-        return self.head(torch.nn.functional.silu(self.hidden(pooled)))
+        edges = self.edges(batch)
+        injection = self.inject(batch, edges)
+        atoms = torch.cat([self.equilibrium(injection), injection.node], dim=1)
+        return self.readout(atoms, edges, batch)
 
 
 register("graph_deq", ModelKind(GraphDeqConfig, "graph", GraphDeq))

@@ -16,7 +16,7 @@ from hpcdeq.models.base import ModelKind, register
 from hpcdeq.models.blocks import BoundedConvolution
 from hpcdeq.models.conv_deq import KERNEL, square_plus
 from hpcdeq.models.elements import ElementEmbedding
-from hpcdeq.models.message_passing import EdgeFeatures, Unrolled
+from hpcdeq.models.message_passing import EdgeFeatures, Head, Unrolled
 
 
 @dataclass(frozen=True)
@@ -167,12 +167,11 @@ class GraphImage(nn.Module):
         self.equilibrium: nn.Module = (
             Unrolled(cell, config.steps) if isinstance(config, UnrolledGraphImageConfig) else FixedPoint(cell)
         )
-        self.hidden = nn.Linear(3 * d, config.head)
-        self.head = nn.Linear(config.head, output_size)
+        self.head = Head(3 * d, config.head, output_size)
 
     def inject(self, batch: GraphBatch) -> tuple[Injection, Tensor]:
         """Return what the cell needs of a batch, and the atoms' vectors ``(n, d)``."""
-        atoms = self.element(batch.atomic_number)
+        atoms = self.element(batch)
         edge, place, size = slots(batch, self.neighbours)
         pixel = self.own(atoms).index_select(0, batch.edge_target[edge])
         pixel = pixel + self.other(atoms).index_select(0, batch.edge_source[edge])
@@ -191,7 +190,8 @@ class GraphImage(nn.Module):
         mean = atoms.new_zeros(batch.num_graphs, atoms.shape[1]).index_add(0, batch.node_graph, atoms)
         nodes = torch.bincount(batch.node_graph, minlength=batch.num_graphs).clamp(min=1)[:, None]
         features = torch.cat([z.sum(dim=(2, 3)) / count, peak, mean / nodes], dim=1)
-        return self.head(silu(self.hidden(features)))
+        scores: Tensor = self.head(features)
+        return scores
 
 
 register("graph_image_deq", ModelKind(GraphImageConfig, "graph", GraphImage))

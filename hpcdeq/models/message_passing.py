@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch.nn.functional import silu
 
 from hpcdeq.data import GraphBatch
 from hpcdeq.data.graphs import BONDS
-from hpcdeq.models.blocks import RadialBasis
+from hpcdeq.models.blocks import OutputScale, RadialBasis
+
+NONE_ALLOWED = {"least": 0}
+SMALL = 1e-3  # of a dipole's length, against those of order one
 
 
 class EdgeFeatures(nn.Module):
@@ -112,3 +116,112 @@ class Pooling(nn.Module):
         sums = h.new_zeros(count, 2 * h.shape[1] + 1).index_add(0, graphs, torch.cat([h, weight * h, weight], dim=1))
         width = h.shape[1]
         return torch.cat([sums[:, :width] / sizes, sums[:, width : 2 * width] / (sums[:, -1:] + 1e-6)], dim=1)
+
+
+class DipolePooling(nn.Module):
+    """Lengths of vectors, one a channel, that a graph's atoms add up to: |Σ t(hᵢ, hⱼ, eᵢⱼ) rᵢⱼ|.
+
+    With t the charge that goes from i to j, the sum over all pairs is the dipole moment: what a molecule's polarity is made
+    of, and no pooling of numbers can find. It does not change when the molecule is turned or moved, and it grows with the
+    molecule; of a periodic structure it grows with the cell, which is no property of the structure.
+
+    Parameters
+    ----------
+    width, edge_width
+        Numbers of an atom and of an edge.
+    channels
+        Vectors.
+    """
+
+    def __init__(self, width: int, edge_width: int, channels: int) -> None:
+        super().__init__()
+        self.own = nn.Linear(width, width)
+        self.other = nn.Linear(width, width, bias=False)
+        self.edge = nn.Linear(edge_width, width, bias=False)
+        self.transfer = nn.Linear(width, channels, bias=False)
+
+    def forward(self, h: Tensor, edges: Tensor, batch: GraphBatch) -> Tensor:
+        """Return ``(B, channels)`` from ``(n, width)`` atoms and ``(E, edge_width)`` edges."""
+        mixed = self.edge(edges) + self.own(h).index_select(0, batch.edge_target)
+        mixed = mixed + self.other(h).index_select(0, batch.edge_source)
+        moved = self.transfer(silu(mixed))[:, :, None] * batch.edge_vector[:, None]
+        graph = batch.node_graph.index_select(0, batch.edge_target)
+        total = moved.new_zeros(batch.num_graphs, *moved.shape[1:]).index_add(0, graph, moved)
+        return (total.square().sum(dim=2) + SMALL**2).sqrt()  # with derivatives at zero, too
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    """Settings that models of graphs share.
+
+    Attributes
+    ----------
+    width
+        Numbers of an atom.
+    radial
+        Gaussians that a distance is written in.
+    cutoff
+        Centre of the last of them, Å.
+    dipole
+        Vectors that the atoms add up to, whose lengths join what is pooled: for molecules with coordinates.
+    head
+        Units of the hidden layer after pooling.
+    """
+
+    width: int = 64
+    radial: int = 24
+    cutoff: float = 6.0
+    dipole: int = field(default=0, metadata=NONE_ALLOWED)
+    head: int = 128
+
+
+class Head(nn.Module):
+    """Class scores, or numbers, from what was pooled: a hidden layer, and for numbers the scale of the training targets.
+
+    Parameters
+    ----------
+    width
+        Numbers that were pooled.
+    hidden
+        Units of the hidden layer.
+    output_size
+        Number of classes or of target numbers.
+    """
+
+    def __init__(self, width: int, hidden: int, output_size: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, hidden)
+        self.last = nn.Linear(hidden, output_size)
+        self.scale = OutputScale(output_size)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return ``(B, output_size)`` from ``(B, width)``."""
+        return self.scale(self.last(silu(self.hidden(pooled))))
+
+
+class Readout(nn.Module):
+    """Class scores, or numbers, of a graph from its atoms: pooling and a hidden layer.
+
+    Parameters
+    ----------
+    config
+        Sizes.
+    width, edge_width
+        Numbers of an atom and of an edge.
+    output_size
+        Number of classes or of target numbers.
+    """
+
+    def __init__(self, config: GraphConfig, width: int, edge_width: int, output_size: int) -> None:
+        super().__init__()
+        self.pooling = Pooling(width)
+        self.dipole = DipolePooling(width, edge_width, config.dipole) if config.dipole else None
+        self.head = Head(2 * width + config.dipole, config.head, output_size)
+
+    def forward(self, h: Tensor, edges: Tensor, batch: GraphBatch) -> Tensor:
+        """Return ``(B, output_size)`` from ``(n, width)`` atoms and ``(E, edge_width)`` edges."""
+        pooled = self.pooling(h, batch)
+        if self.dipole is not None:
+            pooled = torch.cat([pooled, self.dipole(h, edges, batch)], dim=1)
+        scores: Tensor = self.head(pooled)
+        return scores

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpcdeq.data.graphs import BONDS, GraphArrays
+from hpcdeq.data.graphs import BONDS, GraphArrays, atoms_only
 from hpcdeq.data.rows import HEAVIEST
 
 # Of pymatgen's tables, with their names there.
@@ -79,8 +79,9 @@ def graph_descriptors(graphs: GraphArrays) -> Descriptors:
     mean, least, largest and standard deviation over the atoms of tabulated properties. Structure: statistics of nearest
     distances, of the neighbours in an atom's first shell (up to 1.2 times its nearest distance), of electronegativity
     differences in that shell, and of the density in the sphere that an atom's neighbours fill. Molecules: bonds of each
-    order, an atom and in all; formal charges. Edges of no length (bonds without coordinates) have no distances.
+    order, an atom and in all; formal charges. Voids are left out. Edges of no length (bonds without coordinates) have no distances.
     """
+    graphs = atoms_only(graphs)
     count, number = len(graphs), graphs.atomic_number.astype(np.int64)
     owner = np.repeat(np.arange(count), np.diff(graphs.node_offset))
     atoms = np.bincount(owner, minlength=count).astype(float)

@@ -1,0 +1,96 @@
+"""From a configuration to a training problem: the data of each split, the model, the loss and its terms."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from hpcdeq import parallel
+from hpcdeq.config import DEFAULT_MODELS, TrainConfig
+from hpcdeq.data import Dataset
+from hpcdeq.data.dataset import target_statistics
+from hpcdeq.data.schema import SPLITS
+from hpcdeq.errors import DataError, OptionError
+from hpcdeq.models import build_model, model_config
+from hpcdeq.models.blocks import OutputScale
+from hpcdeq.problem import L1, LOSSES, JacobianPenalty, TrainingProblem
+from hpcdeq.problem.terms import Term
+
+
+def read_splits(path: str, dtype: str, comm: parallel.Comm) -> dict[str, Dataset]:
+    """Return this rank's samples of each split.
+
+    Collective on comm.
+
+    Raises
+    ------
+    DataError
+        The file is no good, or has fewer training samples than there are ranks.
+    """
+    sets = {split: Dataset(path, split, comm, getattr(torch, dtype)) for split in SPLITS}
+    if sets["train"].count < comm.size:
+        raise DataError(
+            f"{path} has {sets['train'].count} training samples, the job {comm.size} ranks: run with at most"
+            f" {sets['train'].count} (mpirun -n {max(1, sets['train'].count)}), or prepare more samples",
+            agreed=True,
+        )
+    return sets
+
+
+def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tuple[TrainConfig, TrainingProblem]:
+    """Return what is to be minimised, and the configuration with the model and all its settings in it.
+
+    Collective on comm. What was left to the defaults is part of what decides a run, and is saved with it.
+
+    Raises
+    ------
+    DataError, OptionError
+        The model does not take the data, or there is no such model, setting or device.
+    """
+    with parallel.agreement(comm):
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise OptionError("--device cuda: torch finds no GPU here; leave the option out")
+        name = config.model or DEFAULT_MODELS[train.schema.representation]
+        settings = model_config(name, config.model_settings)
+        model = build_model(
+            name,
+            settings,
+            train.schema.representation,
+            train.input_shape,
+            train.output_size,
+            seed=config.seed,
+            dtype=getattr(torch, config.dtype),
+            device=config.device,
+        )
+    standardise(model, train, comm)
+    loss = next(loss for loss in LOSSES.values() if loss.task == train.task)
+    terms: list[Term] = [L1(config.l1)] if config.l1 else []
+    terms += [JacobianPenalty(config.jacobian_penalty)] if config.jacobian_penalty else []
+    problem = TrainingProblem(
+        model,
+        train,
+        loss,
+        comm,
+        chunk_size=config.chunk_size,
+        weight_decay=config.penalty(),
+        terms=terms,
+        warm_start=config.warm_start,
+        adaptive=config.adaptive,
+        on_failure=config.on_failure,
+    )
+    return dataclasses.replace(config, model=name, model_settings=dataclasses.asdict(settings)), problem
+
+
+def standardise(model: nn.Module, train: Dataset, comm: parallel.Comm) -> None:
+    """Let a model of numbers begin with outputs of the training targets' mean and deviation, where it can.
+
+    Collective on comm. Both are saved with the model's weights.
+    """
+    if train.task != "regression":
+        return
+    mean, deviation = target_statistics(train.targets, comm)
+    for module in model.modules():
+        if isinstance(module, OutputScale):
+            module.set(mean, deviation)
