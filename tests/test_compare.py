@@ -27,6 +27,7 @@ from hpcdeq.report.comparison import (
     ITERATIONS,
     SECONDS,
     TEST,
+    TRAIN,
     TRAIN_LOSS,
     VALIDATION,
     WORK,
@@ -80,6 +81,7 @@ def made(
             "row": np.array(list(test), float),
             "test_metric": np.array(list(test.values())),
             "train_loss": 10.0 * history["train_loss"][list(test)],
+            "train_metric": 0.5 * history["train_loss"][list(test)],
         }
     told = {
         "model": "mlp_deq",
@@ -125,6 +127,7 @@ def test_the_test_metric_is_that_of_the_best_validation_so_far() -> None:
     np.testing.assert_array_equal(BOTH.values(TRGN, TEST), [0.3, 0.6, 0.5])  # although it was better before
     np.testing.assert_array_equal(BOTH.values(ADAM, VALIDATION), [0.5, 0.6, 0.7, 0.65])
     np.testing.assert_array_equal(BOTH.values(ADAM, TRAIN_LOSS), [40, 30, 20, 10])  # evaluated, not the epoch's mean
+    np.testing.assert_array_equal(BOTH.values(ADAM, TRAIN), [2, 1.5, 1, 0.5])
 
 
 def test_a_smaller_error_is_a_better_metric() -> None:
@@ -236,6 +239,7 @@ def test_without_evaluations_the_test_metric_is_known_from_the_summary_s_iterate
     run = made(seconds=[1, 2, 3, 4], validation=[0.1, 0.5, 0.8, 0.7], evaluated_iteration=2)
     comparison = Comparison([Method("trgn", [run])], "trgn")
     np.testing.assert_array_equal(comparison.values(run, TEST), [np.nan, np.nan, 0.7, 0.7])
+    assert np.isnan(comparison.values(run, TRAIN)).all()
 
 
 def test_the_best_run_of_a_scan() -> None:

@@ -19,7 +19,7 @@ from hpcdeq.report.runs import Run
 from hpcdeq.report.tables import Spread
 
 SECONDS, WORK, ITERATIONS = "seconds", "work", "iterations"
-TRAIN_LOSS, VALIDATION, BEST_VALIDATION, TEST = "train_loss", "validation", "best_validation", "test"
+TRAIN_LOSS, TRAIN, VALIDATION, BEST_VALIDATION, TEST = "train_loss", "train", "validation", "best_validation", "test"
 # An end this close below the budget is the budget's end: the clock is looked at after an iteration.
 CLOSE = 0.99
 
@@ -229,6 +229,8 @@ def _values(run: Run, quantity: str, *, larger: bool) -> np.ndarray:
     if quantity == TRAIN_LOSS:
         # Of a minibatch method the history has the mean over the batches of an epoch, at weights on the way.
         return _evaluated(run, "train_loss") if run.evaluations else history["train_loss"]
+    if quantity == TRAIN:
+        return _evaluated(run, "train_metric") if run.evaluations else np.full(len(raw), np.nan)
     sign = 1.0 if larger else -1.0
     best = np.fmax.accumulate(np.where(np.isfinite(raw), sign * raw, -np.inf)) if len(raw) else raw
     if quantity == BEST_VALIDATION:

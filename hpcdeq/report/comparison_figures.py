@@ -12,6 +12,7 @@ from hpcdeq.report.comparison import (
     ITERATIONS,
     SECONDS,
     TEST,
+    TRAIN,
     TRAIN_LOSS,
     VALIDATION,
     WORK,
@@ -33,11 +34,12 @@ LABELS = {
 }
 NAMES = {
     TRAIN_LOSS: "training_loss.png",
+    TRAIN: "training_metric.png",
     VALIDATION: "validation_metric.png",
     BEST_VALIDATION: "best_validation_metric.png",
     TEST: "test_metric.png",
 }
-DRAWN = (TRAIN_LOSS, VALIDATION, TEST)
+DRAWN = (TRAIN_LOSS, TRAIN, VALIDATION, TEST)
 # Values that span less than this factor are drawn on a linear axis.
 SPAN = 2.5
 
@@ -79,6 +81,7 @@ def _label(comparison: Comparison, quantity: str) -> str:
     metric = comparison.metric.replace("_", " ")
     return {
         TRAIN_LOSS: "training loss",
+        TRAIN: f"training {metric}",
         VALIDATION: f"validation {metric}",
         TEST: f"test {metric}\nat the best validation so far",
     }[quantity]

@@ -9,7 +9,7 @@ from typing import Any
 from hpcdeq.errors import HpcdeqError
 from hpcdeq.methods import MINIBATCH
 from hpcdeq.record.atomic import replaced
-from hpcdeq.report.comparison import SECONDS, TEST, TRAIN_LOSS, VALIDATION, WORK, Comparison
+from hpcdeq.report.comparison import SECONDS, TEST, TRAIN, TRAIN_LOSS, VALIDATION, WORK, Comparison
 from hpcdeq.report.comparison_figures import write_comparison_figures
 from hpcdeq.report.comparison_tables import (
     QUANTITIES,
@@ -180,6 +180,7 @@ def _figures(comparison: Comparison, figures: Mapping[str, str]) -> list[Block]:
     budget = "; dotted: the budget" if comparison.budget is not None else ""
     captions = {
         TRAIN_LOSS: "Training loss",
+        TRAIN: f"Training {metric} ({better})",
         VALIDATION: f"Validation {metric} at each iterate ({better})",
         TEST: f"Test {metric} of the iterate with the best validation {metric} so far ({better})",
     }

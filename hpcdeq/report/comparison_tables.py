@@ -9,6 +9,7 @@ from hpcdeq.report.comparison import (
     BEST_VALIDATION,
     SECONDS,
     TEST,
+    TRAIN,
     TRAIN_LOSS,
     WORK,
     Comparison,
@@ -19,7 +20,7 @@ from hpcdeq.report.comparison import (
 from hpcdeq.report.runs import Run
 from hpcdeq.report.tables import NEVER, Row, Spread, comparison_table, digits
 
-QUANTITIES = (TEST, BEST_VALIDATION, TRAIN_LOSS)
+QUANTITIES = (TEST, BEST_VALIDATION, TRAIN, TRAIN_LOSS)
 COUNTS = ("losses", "cell_jvps", "cell_vjps")  # the others are in every table of runs
 FACTS = (
     "message",
@@ -40,6 +41,7 @@ def title_of(comparison: Comparison, quantity: str) -> str:
     metric = comparison.metric.replace("_", " ")
     return {
         TRAIN_LOSS: "training loss",
+        TRAIN: f"training {metric}",
         BEST_VALIDATION: f"best validation {metric}",
         TEST: f"test {metric} at best validation",
     }[quantity]

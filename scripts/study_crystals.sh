@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Crystals as metal, semiconductor or insulator: bash scripts/study_crystals.sh SOURCE [OUT] [SECONDS a model]
+#
+# SOURCE is what `hpcdeq.prepare crystals` takes. Trains the graph DEQ, its unrolled twin of equal weights and a CGCNN for the
+# same time each, evaluates them on the test rows beside a majority class and gradient boosting, and predicts from raw files.
+source "$(dirname "${BASH_SOURCE[0]}")/study_application.sh"
+source_=${1:?say where the crystals are: bash scripts/study_crystals.sh SOURCE}
+out=${2:-runs/study_crystals}
+seconds=${3:-1500}
+
+prepare crystals "$source_"
+for model in graph_deq graph_unrolled cgcnn; do
+    train $model "$seconds" --learning-rate 0.002 --batch-size 128 --weight-decay 0.05
+done
+finish "$source_"
