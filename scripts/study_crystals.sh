@@ -3,13 +3,14 @@
 #
 # SOURCE is what `hpcdeq.prepare crystals` takes. Trains the graph DEQ, its unrolled twin of equal weights and a CGCNN for the
 # same time each, evaluates them on the test rows beside a majority class and gradient boosting, and predicts from raw files.
+[ $# -ge 1 ] || { echo "say where the crystals are: bash scripts/study_crystals.sh SOURCE" >&2; exit 2; }
+raw=$(realpath "$1")
 source "$(dirname "${BASH_SOURCE[0]}")/study_application.sh"
-source_=${1:?say where the crystals are: bash scripts/study_crystals.sh SOURCE}
 out=${2:-runs/study_crystals}
 seconds=${3:-1500}
 
-prepare crystals "$source_"
+prepare crystals "$raw"
 for model in graph_deq graph_unrolled cgcnn; do
     train $model "$seconds" --learning-rate 0.002 --batch-size 128 --weight-decay 0.05
 done
-finish "$source_"
+finish "$raw"
