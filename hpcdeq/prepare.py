@@ -58,6 +58,9 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
+STRUCTURE_OPTIONS = ("neighbours", "radius", "voids", "oxidation", "group", "least_distance")
+
+
 def _structure_kind(name: str, summary: str, learned: str, group: str, voids: int, least_distance: float) -> Kind:
     """Return a kind of periodic structures; what the arguments after the summary say are its defaults."""
 
@@ -79,6 +82,11 @@ def _structure_kind(name: str, summary: str, learned: str, group: str, voids: in
             "--voids", type=int, metavar="N", help=f"the N largest empty spheres become nodes, too (default {voids})"
         )
         parser.add_argument(
+            "--oxidation",
+            action=argparse.BooleanOptionalAction,
+            help=f"atoms know likely oxidation states, of charges that balance (default {'yes' if name == 'crystals' else 'no'})",
+        )
+        parser.add_argument(
             "--group",
             metavar="KEY",
             help=f"rows that share it never straddle splits: formula, family (a field, or CSD refcode), or the name of"
@@ -92,18 +100,18 @@ def _structure_kind(name: str, summary: str, learned: str, group: str, voids: in
         )
 
     def build(options: argparse.Namespace, command: str) -> Report:
-        from hpcdeq.builders.crystals import BAND_GAP, prepare_crystals
-        from hpcdeq.builders.frameworks import CAVITY, SETTINGS
-        from hpcdeq.builders.periodic import StructureSettings
+        from hpcdeq.builders import crystals, frameworks
 
-        preset, settings = {"crystals": (BAND_GAP, StructureSettings()), "frameworks": (CAVITY, SETTINGS)}[name]
-        return prepare_crystals(
+        presets = {
+            "crystals": (crystals.BAND_GAP, crystals.SETTINGS),
+            "frameworks": (frameworks.CAVITY, frameworks.SETTINGS),
+        }
+        preset, settings = presets[name]
+        return crystals.prepare_crystals(
             options.out,
             options.source,
             _labels(options, preset),
-            dataclasses.replace(
-                settings, **_given(options, "neighbours", "radius", "voids", "group", "least_distance")
-            ),
+            dataclasses.replace(settings, **_given(options, *STRUCTURE_OPTIONS)),
             _shares(options),
             kind=name,
             processes=_processes(options),

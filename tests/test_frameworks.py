@@ -89,6 +89,7 @@ def test_thresholds_given_as_text_count_the_same(tmp_path: Path) -> None:
         "radius": 0.0,
         "voids": 16,
         "group": "family",
+        "oxidation": False,
         "least_distance": 0.5,
     }
 

@@ -13,6 +13,7 @@ from hpcdeq.builders.samples import Progress, Report, Shares, silent
 from hpcdeq.builders.structures import source_rows
 
 BAND_GAP = Labelling("band_gap", (0.01, 3.0), ("metal", "semiconductor", "insulator"), "eV")
+SETTINGS = StructureSettings(oxidation=True)
 
 
 def structure_recipe(kind: str, settings: StructureSettings) -> Recipe:
@@ -65,7 +66,7 @@ def prepare_crystals(
     return prepare_graphs(
         Path(path),
         Path(source),
-        structure_recipe(kind, settings or StructureSettings()),
+        structure_recipe(kind, settings or SETTINGS),
         labels,
         shares or Shares(),
         processes=processes,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hpcdeq.builders.labelling import Labelling, Value
 from hpcdeq.builders.neighbours import OVERLAP, neighbours_of
+from hpcdeq.builders.oxidation import oxidation_states
 from hpcdeq.builders.samples import Skipped
 from hpcdeq.builders.spool import Built
 from hpcdeq.builders.structures import SourceRow, read_structure
@@ -30,6 +31,8 @@ class StructureSettings:
     group
         What relatives share, which are never in two splits: ``formula`` (reduced), ``family`` (of CSD refcodes), or a field
         of the source.
+    oxidation
+        Whether atoms have likely oxidation states as formal charges (`hpcdeq.builders.oxidation`).
     least_distance
         Å: structures with two atoms that are nearer are left out.
     """
@@ -38,6 +41,7 @@ class StructureSettings:
     radius: float = 0.0
     voids: int = 0
     group: str = "formula"
+    oxidation: bool = False
     least_distance: float = OVERLAP
 
     def __post_init__(self) -> None:
@@ -79,6 +83,8 @@ def build_structures(rows: list[SourceRow], settings: StructureSettings, labels:
                 settings.radius,
                 settings.least_distance,
             )
+            if settings.oxidation:
+                graph = replace(graph, formal_charge=oxidation_states(record.atomic_number))
             if settings.voids:
                 graph = with_voids(graph, record.lattice, record.frac, settings.voids, settings.neighbours)
             graphs.append(graph)

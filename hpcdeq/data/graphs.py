@@ -38,7 +38,7 @@ class GraphArrays:
     edge_bond
         ``(E,)`` integers, numbers in `BONDS`; by default zeros.
     formal_charge
-        ``(n,)`` integers, elementary charges; by default zeros.
+        ``(n,)`` integers, elementary charges: of a molecule's atoms, or likely oxidation states; by default zeros.
     """
 
     node_offset: np.ndarray
@@ -151,6 +151,8 @@ def join_nodes(
         np.concatenate([graph.edge_source, source.astype(graph.edge_source.dtype)]),
         np.concatenate([graph.edge_target, (target + nodes).astype(graph.edge_target.dtype)]),
         np.concatenate([graph.edge_vector, vector]),
+        np.concatenate([graph.edge_bond, np.zeros(len(source), graph.edge_bond.dtype)]),
+        np.concatenate([graph.formal_charge, np.zeros(len(atomic_number), graph.formal_charge.dtype)]),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hpcdeq.data import GraphBatch
 
 HEAVIEST = 118
+HIGHEST = 8  # charge of an atom that is told from higher ones
 BLOCKS = ("s", "p", "d", "f")
 # Attributes of pymatgen's Element, and whether their logarithm is nearer to a normal distribution.
 TABULATED = (
@@ -96,11 +97,13 @@ class ElementEmbedding(nn.Module):
         self.register_buffer("table", table)
         self.own = nn.Embedding(len(table), width)
         self.tabulated = nn.Linear(table.shape[1], width)
-        self.charge = nn.Parameter(torch.zeros(width))
+        self.charge = nn.Embedding(2 * HIGHEST + 1, width)
         with torch.no_grad():
             self.own.weight.mul_(0.5)
+            self.charge.weight.mul_(0.1)
 
     def forward(self, batch: GraphBatch) -> Tensor:
         """Return ``(n, width)`` for the nodes of a batch."""
-        number, charge = batch.atomic_number, batch.formal_charge.to(self.charge.dtype)
-        return self.own(number) + self.tabulated(self.table.index_select(0, number)) + charge[:, None] * self.charge
+        number = batch.atomic_number
+        charge = batch.formal_charge.clamp(-HIGHEST, HIGHEST) + HIGHEST
+        return self.own(number) + self.tabulated(self.table.index_select(0, number)) + self.charge(charge)
