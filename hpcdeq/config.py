@@ -79,7 +79,7 @@ class TrainConfig:
     device
         ``cpu`` or ``cuda``.
     chunk_size
-        Samples that are evaluated together on a rank.
+        Samples that a rank works on together; None: 512, of graphs as many as have 16,384 edges.
     on_failure
         What becomes of samples whose fixed point is not found: ``raise``, ``warn`` or ``mask``.
     warm_start
@@ -110,7 +110,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "float64"
     device: str = "cpu"
-    chunk_size: int = 512
+    chunk_size: int | None = None
     on_failure: str = "raise"
     warm_start: bool = True
     adaptive: bool = True
@@ -241,6 +241,7 @@ def add_settings(parser: CommandParser) -> None:
         help="R/2 mean |df/dz|^2/n at the fixed points (default 0). Losses in the history hold all penalties; the final"
         " losses and all metrics are of the data alone",
     )
+    parser.add_argument("--chunk-size", type=int, metavar="N", help="samples worked on together (default by the data)")
     parser.add_argument("--dtype", metavar="float32|float64", help="default float64")
     parser.add_argument("--device", metavar="cpu|cuda", help="default cpu")
     parser.add_argument(

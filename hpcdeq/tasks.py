@@ -68,19 +68,21 @@ def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tu
     loss = next(loss for loss in LOSSES.values() if loss.task == train.task)
     terms: list[Term] = [L1(config.l1)] if config.l1 else []
     terms += [JacobianPenalty(config.jacobian_penalty)] if config.jacobian_penalty else []
+    chunk_size = config.chunk_size or train.usual_chunk_size
     problem = TrainingProblem(
         model,
         train,
         loss,
         comm,
-        chunk_size=config.chunk_size,
+        chunk_size=chunk_size,
         weight_decay=config.penalty(),
         terms=terms,
         warm_start=config.warm_start,
         adaptive=config.adaptive,
         on_failure=config.on_failure,
     )
-    return dataclasses.replace(config, model=name, model_settings=dataclasses.asdict(settings)), problem
+    resolved = {"model": name, "model_settings": dataclasses.asdict(settings), "chunk_size": chunk_size}
+    return dataclasses.replace(config, **resolved), problem  # type: ignore[arg-type]
 
 
 def standardise(model: nn.Module, train: Dataset, comm: parallel.Comm) -> None:

@@ -414,3 +414,14 @@ def test_copying_a_part_of_a_file_is_noticed(graph_file: Path, tmp_path: Path) -
         raise KeyboardInterrupt
     with pytest.raises(DataError, match="not complete"):
         Shards(tmp_path / "kept.h5")
+
+
+def test_chunks_of_graphs_have_a_bounded_number_of_edges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, arrays = graph_rows(40), array_rows(7)
+    write(tmp_path / "g.h5", GRAPHS, graphs, np.zeros(40, np.uint8))
+    write(tmp_path / "a.h5", ARRAYS, arrays, np.zeros(7, np.uint8))
+    edges = len(graphs.inputs.edge_source) / 40
+    assert Shards(tmp_path / "a.h5").usual_chunk_size == Shards(tmp_path / "g.h5").usual_chunk_size == 512
+    for most, expected in ((10 * edges, 10), (0.1 * edges, 1)):
+        monkeypatch.setattr("hpcdeq.data.shards.CHUNK_EDGES", int(most + 0.5))
+        assert abs(Dataset(tmp_path / "g.h5", "train", parallel.SELF).usual_chunk_size - expected) <= 1

@@ -266,13 +266,15 @@ class Campaign:
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:
-    """Return the configuration as its run will save it: with the model, and all of its settings."""
+    """Return the configuration as its run will save it: with the model, all of its settings, and the chunk size."""
     from hpcdeq.data.shards import Shards
     from hpcdeq.models import model_config
 
-    name = config.model or DEFAULT_MODELS[Shards(Path(config.data)).schema.representation]
+    shards = Shards(Path(config.data))
+    name = config.model or DEFAULT_MODELS[shards.schema.representation]
     settings = dataclasses.asdict(model_config(name, config.model_settings))
-    return dataclasses.replace(config, model=name, model_settings=settings)
+    chunk_size = config.chunk_size or shards.usual_chunk_size
+    return dataclasses.replace(config, model=name, model_settings=settings, chunk_size=chunk_size)
 
 
 def _differences(former: dict[str, object], wanted: TrainConfig) -> list[str]:

@@ -42,6 +42,8 @@ class Dataset:
         See `hpcdeq.data.batches.SampleSource`; ``count`` is the split's.
     ids
         This rank's sample names.
+    usual_chunk_size
+        Samples that are best worked on together.
 
     Raises
     ------
@@ -67,6 +69,7 @@ class Dataset:
             share = parallel.own_slice(rows.size, comm.rank, comm.size)
             samples = shards.read(rows[share])
         self.schema: Schema = shards.schema
+        self.usual_chunk_size = shards.usual_chunk_size
         self.task = self.schema.task
         self.input_shape = self.schema.sample_shape
         self.output_size = self.schema.output_size
