@@ -26,8 +26,8 @@ from hpcdeq.methods import (
 )
 
 EMBEDDED = "burgers"
-# The embedded problem is for a first look: it ends within a minute on two cores.
 DEFAULT_MODELS = {"array": "mlp_deq", "graph": "graph_deq"}  # by the representation of the data
+# The embedded problem is for a first look: it ends within a minute on two cores.
 EMBEDDED_SETTINGS = {"max_iterations": 15}
 # Fixed points to eight digits let line searches work to near the end; products need fewer. Layers on their own are
 # tighter (hpcdeq.deq.forward.TOLERANCES); single precision keeps theirs. A trial point that needs more than a hundred

@@ -59,10 +59,7 @@ def neighbours_of(
     if distance.size and distance.min() < least_distance:
         pair = int(np.argmin(distance))
         raise ValueError(f"atoms {target[pair]} and {source[pair]} are {distance[pair]:.3g} A apart: they overlap")
-    order = _sorted(target, source, image, distance)
-    if neighbours:
-        first = np.searchsorted(target[order], np.arange(atoms))
-        order = order[np.arange(order.size) - first[target[order]] < neighbours]
+    order = _nearest_first(target, source, image, distance, neighbours)
     target, source = target[order], source[order]
     vector = positions[source] + image[order] @ lattice - positions[target]
     return GraphArrays(
@@ -96,9 +93,7 @@ def nearest_of(
         nearest first.
     """
     target, source, image, distance = _at_least(lattice, positions, neighbours, centres)
-    order = _sorted(target, source, image, distance)
-    first = np.searchsorted(target[order], np.arange(len(centres)))
-    order = order[np.arange(order.size) - first[target[order]] < neighbours]
+    order = _nearest_first(target, source, image, distance, neighbours)
     target, source = target[order], source[order]
     return target, source, positions[source] + image[order] @ lattice - centres[target]
 
@@ -106,8 +101,16 @@ def nearest_of(
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # point, neighbour, its image, distance
 
 
-def _sorted(target: np.ndarray, source: np.ndarray, image: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    return np.lexsort((image[:, 2], image[:, 1], image[:, 0], source, np.rint(distance / SAME_DISTANCE), target))
+def _nearest_first(
+    target: np.ndarray, source: np.ndarray, image: np.ndarray, distance: np.ndarray, neighbours: int
+) -> np.ndarray:
+    """Return the numbers of the nearest pairs of each point (0: of all), by point and distance, ties by atom and image."""
+    rounded = np.rint(distance / SAME_DISTANCE)
+    order = np.lexsort((image[:, 2], image[:, 1], image[:, 0], source, rounded, target))
+    if not neighbours:
+        return order
+    first = np.searchsorted(target[order], np.arange(target.max(initial=-1) + 1))
+    return order[np.arange(order.size) - first[target[order]] < neighbours]
 
 
 def _at_least(lattice: np.ndarray, positions: np.ndarray, neighbours: int, centres: np.ndarray | None = None) -> Pairs:
