@@ -12,6 +12,7 @@ from hpcdeq.config import DEFAULT_MODELS, TrainConfig
 from hpcdeq.data import Dataset
 from hpcdeq.data.dataset import target_statistics
 from hpcdeq.data.schema import SPLITS
+from hpcdeq.data.shards import Shards
 from hpcdeq.errors import DataError, OptionError
 from hpcdeq.models import build_model, model_config
 from hpcdeq.models.blocks import OutputScale
@@ -39,10 +40,21 @@ def read_splits(path: str, dtype: str, comm: parallel.Comm) -> dict[str, Dataset
     return sets
 
 
-def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tuple[TrainConfig, TrainingProblem]:
-    """Return what is to be minimised, and the configuration with the model and all its settings in it.
+def resolved(config: TrainConfig, data: Dataset | Shards) -> TrainConfig:
+    """Return a configuration with what it leaves to the data and to defaults: the model, all of its settings, the chunk size.
 
-    Collective on comm. What was left to the defaults is part of what decides a run, and is saved with it.
+    Not collective. They are part of what decides a run, and are saved with it.
+    """
+    name = config.model or DEFAULT_MODELS[data.schema.representation]
+    settings = dataclasses.asdict(model_config(name, config.model_settings))
+    chunk_size = config.chunk_size or data.usual_chunk_size
+    return dataclasses.replace(config, model=name, model_settings=settings, chunk_size=chunk_size)
+
+
+def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tuple[TrainConfig, TrainingProblem]:
+    """Return the configuration as `resolved`, and what is to be minimised.
+
+    Collective on comm.
 
     Raises
     ------
@@ -52,11 +64,11 @@ def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tu
     with parallel.agreement(comm):
         if config.device == "cuda" and not torch.cuda.is_available():
             raise OptionError("--device cuda: torch finds no GPU here; leave the option out")
-        name = config.model or DEFAULT_MODELS[train.schema.representation]
-        settings = model_config(name, config.model_settings)
+        config = resolved(config, train)
+        assert config.model is not None and config.chunk_size is not None
         model = build_model(
-            name,
-            settings,
+            config.model,
+            model_config(config.model, config.model_settings),
             train.schema.representation,
             train.input_shape,
             train.output_size,
@@ -68,21 +80,19 @@ def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tu
     loss = next(loss for loss in LOSSES.values() if loss.task == train.task)
     terms: list[Term] = [L1(config.l1)] if config.l1 else []
     terms += [JacobianPenalty(config.jacobian_penalty)] if config.jacobian_penalty else []
-    chunk_size = config.chunk_size or train.usual_chunk_size
     problem = TrainingProblem(
         model,
         train,
         loss,
         comm,
-        chunk_size=chunk_size,
+        chunk_size=config.chunk_size,
         weight_decay=config.penalty(),
         terms=terms,
         warm_start=config.warm_start,
         adaptive=config.adaptive,
         on_failure=config.on_failure,
     )
-    resolved = {"model": name, "model_settings": dataclasses.asdict(settings), "chunk_size": chunk_size}
-    return dataclasses.replace(config, **resolved), problem  # type: ignore[arg-type]
+    return config, problem
 
 
 def standardise(model: nn.Module, train: Dataset, comm: parallel.Comm) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hpcdeq.campaign.plan import Planned, Variant, run_of
 from hpcdeq.campaign.training import ComparedTraining
-from hpcdeq.config import DEFAULT_MODELS, EMBEDDED, TrainConfig, read_config
+from hpcdeq.config import EMBEDDED, TrainConfig, read_config
 from hpcdeq.errors import ConvergenceError, DataError, OptionError
 from hpcdeq.train import EMBEDDED_SAMPLES, PREFIXES, Training
 
@@ -46,6 +46,8 @@ class Campaign:
         self, variants: list[Variant], seeds: range, reference: str, out: Path, *, quiet: bool, verbose: bool
     ) -> None:
         from hpcdeq import parallel
+        from hpcdeq.data.shards import Shards
+        from hpcdeq.tasks import resolved
 
         self.comm = parallel.WORLD
         self.seeds = seeds
@@ -54,7 +56,10 @@ class Campaign:
         self.quiet, self.verbose = quiet, verbose
         self._prepare(variants[0].config.data)
         with parallel.agreement(self.comm):
-            self.variants = [dataclasses.replace(variant, config=_resolved(variant.config)) for variant in variants]
+            self.variants = [
+                dataclasses.replace(variant, config=resolved(variant.config, Shards(Path(variant.config.data))))
+                for variant in variants
+            ]
         self.total = sum(len(seeds) + max(0, len(variant.rates) - 1) for variant in variants)
         self.chosen: dict[str, float] = {}
         self.ended: list[Planned] = []
@@ -263,18 +268,6 @@ class Campaign:
     def _say(self, text: str, *, always: bool = True) -> None:
         if self.comm.rank == 0 and (always or not self.quiet):
             print(text, flush=True)
-
-
-def _resolved(config: TrainConfig) -> TrainConfig:
-    """Return the configuration as its run will save it: with the model, all of its settings, and the chunk size."""
-    from hpcdeq.data.shards import Shards
-    from hpcdeq.models import model_config
-
-    shards = Shards(Path(config.data))
-    name = config.model or DEFAULT_MODELS[shards.schema.representation]
-    settings = dataclasses.asdict(model_config(name, config.model_settings))
-    chunk_size = config.chunk_size or shards.usual_chunk_size
-    return dataclasses.replace(config, model=name, model_settings=settings, chunk_size=chunk_size)
 
 
 def _differences(former: dict[str, object], wanted: TrainConfig) -> list[str]:
