@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcdeq.data import GraphBatch
+from hpcdeq.data.batches import graph_arrays, graph_batch
 from hpcdeq.deq import FixedPoint
 from hpcdeq.errors import DataError, OptionError
 from hpcdeq.models import MODELS, build_model, model_config
@@ -406,6 +407,33 @@ def test_a_formal_charge_is_told_from_none(name: str) -> None:
         model.element.charge.weight += torch.arange(17.0)[:, None]
         charged = dataclasses.replace(molecule, formal_charge=molecule.formal_charge + 1)
         assert float((model(charged) - model(molecule)).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["cgcnn", "graph_deq", "graph_unrolled"])
+def test_a_common_degree_saves_work_and_changes_nothing(name: str) -> None:
+    """Outputs and gradients are those without the shortcut for equally many edges into every node, to the accuracy of solves."""
+    arrays = graph_arrays(joined([graph(4, seed) for seed in range(3)]))
+    batch = graph_batch(arrays, slice(None))
+    assert batch.degree == 3
+    results = []
+    for given in (batch, dataclasses.replace(batch, degree=0)):
+        model = built(name)
+        scores = model(given)
+        scores.square().sum().backward()
+        results.append([scores, *(p.grad for p in model.parameters())])
+    for quick, plain in zip(*results, strict=True):
+        assert torch.allclose(quick, plain, rtol=1e-6, atol=1e-8)
+
+
+def test_the_degree_of_a_batch_is_known_where_there_is_one() -> None:
+    unequal = graph_arrays(joined([graph(4, 0), graph(3, 1)]))
+    assert graph_batch(unequal, slice(None)).degree == 0
+    assert graph_batch(unequal, np.array([1])).degree == 2
+    assert graph_batch(unequal, np.array([1])).to(torch.float32).degree == 2
+    assert graph_batch(unequal, np.array([], int)).degree == 0
+    equal = graph_arrays(graph(4, 0))
+    shuffled = dataclasses.replace(equal, edge_target=equal.edge_target[::-1].copy())
+    assert graph_batch(shuffled, slice(None)).degree == 0
 
 
 def test_messages_go_from_the_source_of_an_edge_to_its_target() -> None:

@@ -72,7 +72,7 @@ def test_updates_are_torchs(method: str, decay: float, loss: str, comm: parallel
         theirs = epochs_of_torch(torchs(method, model, decay), model, loss, epochs, [])
         torch.testing.assert_close(seen[epochs], theirs, rtol=0, atol=1e-12)
     assert torch.equal(result.x, seen[-1])
-    assert result.counts.gradients == 5 * 11  # the first look, then every sample once an epoch
+    assert result.counts.gradients == BATCH + 4 * 11  # a look at the first batch, then every sample once an epoch
 
 
 def test_adamw_has_torchs_default_decay() -> None:

@@ -36,6 +36,8 @@ class GraphBatch:
         ``(E,)`` int64, numbers in `hpcdeq.data.graphs.BONDS`; zeros unless given.
     formal_charge
         ``(n,)`` int64; zeros unless given.
+    degree
+        Edges into every node, where that is the same number for all and the edges are grouped by target; otherwise 0.
     """
 
     atomic_number: torch.Tensor
@@ -46,6 +48,7 @@ class GraphBatch:
     num_graphs: int
     edge_bond: torch.Tensor = NONE
     formal_charge: torch.Tensor = NONE
+    degree: int = 0
 
     def __post_init__(self) -> None:
         """Fill in zeros for what is not given."""
@@ -77,6 +80,7 @@ class GraphBatch:
             self.num_graphs,
             self.edge_bond.to(device=device),
             self.formal_charge.to(device=device),
+            self.degree,
         )
 
 
@@ -136,16 +140,24 @@ def graph_batch(graphs: GraphArrays, rows: RowsLike, dtype: torch.dtype = torch.
     picked = graphs.take(numpy_rows(rows))
     nodes, edges = np.diff(picked.node_offset), np.diff(picked.edge_offset)
     first_node = np.repeat(picked.node_offset[:-1], edges)
+    target = picked.edge_target + first_node
     return GraphBatch(
         torch.from_numpy(picked.atomic_number.astype(np.int64)),
         torch.from_numpy(picked.edge_source + first_node),
-        torch.from_numpy(picked.edge_target + first_node),
+        torch.from_numpy(target),
         torch.from_numpy(picked.edge_vector).to(dtype),
         torch.from_numpy(np.repeat(np.arange(len(picked)), nodes)),
         len(picked),
         torch.from_numpy(picked.edge_bond.astype(np.int64)),
         torch.from_numpy(picked.formal_charge.astype(np.int64)),
+        _degree(target, len(picked.atomic_number)),
     )
+
+
+def _degree(target: np.ndarray, nodes: int) -> int:
+    """Return the edges into every node, or 0 if they are not as many everywhere, or not grouped by node."""
+    degree = len(target) // nodes if nodes else 0
+    return degree if degree and np.array_equal(target, np.repeat(np.arange(nodes), degree)) else 0
 
 
 def graph_arrays(batch: GraphBatch) -> GraphArrays:

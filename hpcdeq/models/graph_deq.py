@@ -12,7 +12,16 @@ from hpcdeq.deq import FixedPoint
 from hpcdeq.models.base import ModelKind, register
 from hpcdeq.models.blocks import BoundedWeight
 from hpcdeq.models.elements import ElementEmbedding
-from hpcdeq.models.message_passing import NONE_ALLOWED, EdgeFeatures, GatedConvolution, GraphConfig, Readout, Unrolled
+from hpcdeq.models.message_passing import (
+    NONE_ALLOWED,
+    EdgeFeatures,
+    GatedConvolution,
+    GraphConfig,
+    Readout,
+    Unrolled,
+    at_targets,
+    sum_at_targets,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ class Injection:
         ``(n,)`` graph of each atom.
     own, message
         ``(d, d)`` recurrent weights W and M.
+    degree
+        Edges into every atom where that is one number, else 0; see `hpcdeq.data.GraphBatch`.
     """
 
     node: Tensor
@@ -73,6 +84,7 @@ class Injection:
     node_graph: Tensor
     own: Tensor
     message: Tensor
+    degree: int
 
 
 class MessageCell(nn.Module):
@@ -105,12 +117,13 @@ class MessageCell(nn.Module):
             new_graph.index_select(0, atoms),
             injection.own,
             injection.message,
+            injection.degree,
         )
 
     def forward(self, z: Tensor, injection: Injection) -> Tensor:
         messages = (z @ injection.message.T).index_select(0, injection.source) * injection.gate
-        received = injection.node.index_add(0, injection.target, messages)
-        return torch.tanh(torch.addmm(received, z, injection.own.T))
+        received = sum_at_targets(messages, injection.target, len(z), injection.degree)
+        return torch.tanh(torch.addmm(received + injection.node, z, injection.own.T))
 
 
 class GraphDeq(nn.Module):
@@ -156,10 +169,10 @@ class GraphDeq(nn.Module):
         gate = torch.tanh(
             self.edge_gate(edges)
             + self.source_gate(atoms).index_select(0, source)
-            + self.target_gate(atoms).index_select(0, target)
+            + at_targets(self.target_gate(atoms), target, batch.degree)
         )
         gate = gate / (into.index_select(0, target) * out_of.index_select(0, source)).sqrt()[:, None]
-        return Injection(atoms, gate, source, target, batch.node_graph, self.own(), self.message())
+        return Injection(atoms, gate, source, target, batch.node_graph, self.own(), self.message(), batch.degree)
 
     def forward(self, batch: GraphBatch) -> Tensor:
         """Return ``(B, output_size)`` for a batch of B graphs."""

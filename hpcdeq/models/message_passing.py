@@ -17,6 +17,30 @@ NONE_ALLOWED = {"least": 0}
 SMALL = 1e-3  # of a dipole's length, against those of order one
 
 
+def at_targets(h: Tensor, target: Tensor, degree: int) -> Tensor:
+    """Return what stands at each edge's target, ``(E, d)`` from ``(n, d)``.
+
+    Not collective.
+
+    Parameters
+    ----------
+    h
+        Numbers of every node.
+    target, degree
+        As in `hpcdeq.data.GraphBatch`: with a degree nothing is looked up, and derivatives are plain sums.
+    """
+    if degree:
+        return h[:, None].expand(-1, degree, -1).reshape(len(target), -1)
+    return h.index_select(0, target)
+
+
+def sum_at_targets(messages: Tensor, target: Tensor, nodes: int, degree: int) -> Tensor:
+    """Return the sum of the messages to each node, ``(n, d)`` from ``(E, d)``; see `at_targets`. Not collective."""
+    if degree:
+        return messages.view(nodes, degree, -1).sum(dim=1)
+    return messages.new_zeros(nodes, messages.shape[1]).index_add(0, target, messages)
+
+
 class EdgeFeatures(nn.Module):
     """Each edge's distance in Gaussians, and its bond.
 
@@ -62,11 +86,10 @@ class GatedConvolution(nn.Module):
 
     def forward(self, h: Tensor, edges: Tensor, batch: GraphBatch) -> Tensor:
         """Return ``(n, width)`` from ``(n, width)`` atoms and ``(E, edge_width)`` edges."""
-        mixed = self.edge(edges)
-        mixed = mixed + self.own(h).index_select(0, batch.edge_target)
-        mixed = mixed + self.other(h).index_select(0, batch.edge_source)
+        mixed = self.edge(edges) + self.other(h).index_select(0, batch.edge_source)
+        mixed = mixed + at_targets(self.own(h), batch.edge_target, batch.degree)
         gate, core = mixed.chunk(2, dim=1)
-        total = torch.zeros_like(h).index_add(0, batch.edge_target, torch.sigmoid(gate) * silu(core))
+        total = sum_at_targets(torch.sigmoid(gate) * silu(core), batch.edge_target, len(h), batch.degree)
         degree = torch.bincount(batch.edge_target, minlength=len(h)).clamp(min=1)[:, None].to(h.dtype)
         return h + self.norm(total / degree)
 
@@ -142,8 +165,8 @@ class DipolePooling(nn.Module):
 
     def forward(self, h: Tensor, edges: Tensor, batch: GraphBatch) -> Tensor:
         """Return ``(B, channels)`` from ``(n, width)`` atoms and ``(E, edge_width)`` edges."""
-        mixed = self.edge(edges) + self.own(h).index_select(0, batch.edge_target)
-        mixed = mixed + self.other(h).index_select(0, batch.edge_source)
+        mixed = self.edge(edges) + self.other(h).index_select(0, batch.edge_source)
+        mixed = mixed + at_targets(self.own(h), batch.edge_target, batch.degree)
         moved = self.transfer(silu(mixed))[:, :, None] * batch.edge_vector[:, None]
         graph = batch.node_graph.index_select(0, batch.edge_target)
         total = moved.new_zeros(batch.num_graphs, *moved.shape[1:]).index_add(0, graph, moved)

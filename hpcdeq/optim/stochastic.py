@@ -181,7 +181,8 @@ class MinibatchRun:
         The result is then at the end of the last epoch whose loss over all samples is finite.
         """
         problem = self.problem
-        loss, gradient = problem.loss_and_gradient(x0)
+        # A pass over all samples takes as long as an epoch: what is told of the beginning is what the first batch says.
+        loss, gradient = problem.loss_and_gradient(x0, self._order(1)[: self.batch_size])
         if not np.isfinite(loss):
             raise initial_loss_error(loss)
         self.recorder.emit(0, x0, loss, float(gradient.norm()), None)
@@ -201,8 +202,7 @@ class MinibatchRun:
 
     def _epoch(self, epoch: int) -> Result | None:
         """Take the steps of an epoch and record where they end; return a result if the run ends with them."""
-        count = self.problem.dataset.count
-        order = np.random.default_rng([self.settings.seed, epoch]).permutation(count)
+        count, order = self.problem.dataset.count, self._order(epoch)
         losses: list[float] = []
         squares = 0.0
         spent = self._spent()
@@ -226,6 +226,10 @@ class MinibatchRun:
             return self._diverged(epoch, f"has a gradient of norm {norm}")
         self.recorder.emit(epoch, self._x, sum(losses) / len(losses), norm, None)
         return self._out_of_time() if spent >= 1 else None
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the samples in the order that an epoch takes them in, the same on all ranks."""
+        return np.random.default_rng([self.settings.seed, epoch]).permutation(self.problem.dataset.count)
 
     def _step(self, gradient: np.ndarray, spent: float) -> None:
         self._rate = self.settings.learning_rate * self.settings.schedule.factor(self._steps, self._total, spent)
