@@ -97,6 +97,18 @@ def test_lengths_of_conformers_are_those_of_chemistry(tmp_path: Path) -> None:
         assert np.allclose(back[s, t], -v)
 
 
+def test_a_cage_without_room_for_what_is_known_has_a_conformer(tmp_path: Path) -> None:
+    """ETKDG finds no place for the hydrogen atoms of this spiro cage: bonds are as long as bonds are, and no atoms meet."""
+    graph = of_smiles("OC1C2CC11CCC1C2", tmp_path, MoleculeSettings(geometry="conformers"))
+    length = np.linalg.norm(graph.edge_vector, axis=1)
+    carbons = (graph.atomic_number[graph.edge_source] == 6) & (graph.atomic_number[graph.edge_target] == 6)
+    hydrogens = graph.atomic_number[graph.edge_source] == 1
+    bonded = graph.edge_bond > 0
+    assert (graph.atomic_number == 1).sum() == 12 and length.min() > 0.9
+    assert 1.4 < length[bonded & carbons].min() and length[bonded & carbons].max() < 1.7
+    assert length[bonded & hydrogens].max() < 1.2
+
+
 def molecule() -> Chem.Mol:
     """Return acetamide with coordinates."""
     made = Chem.AddHs(Chem.MolFromSmiles("CC(N)=O"))

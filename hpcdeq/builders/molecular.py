@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from hpcdeq.errors import OptionError
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
 
+TRIES = 30  # of each way to embed a molecule
 GEOMETRIES = SOURCE, CONFORMERS, NONE = "source", "conformers", "none"
 SMILES_COLUMNS = ("smiles", "canonical_smiles", "SMILES", "Smiles")
 
@@ -279,21 +280,44 @@ def _positions(molecule: Mol, settings: MoleculeSettings) -> np.ndarray | None:
     if not molecule.GetNumConformers():
         if settings.geometry != CONFORMERS:
             return None
-        from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
+        from rdkit.Chem import rdForceFieldHelpers
 
-        if not any(rdDistGeom.EmbedMolecule(molecule, method) == 0 for method in _embeddings(settings.seed)):
-            raise ValueError("ETKDG finds no conformer")
+        molecule = _embedded(molecule, settings.seed)
         if rdForceFieldHelpers.MMFFHasAllMoleculeParams(molecule):
             rdForceFieldHelpers.MMFFOptimizeMolecule(molecule)
     return np.asarray(molecule.GetConformer().GetPositions(), float)
 
 
-def _embeddings(seed: int) -> Iterator[Any]:
-    """Yield ways to embed a molecule: cages find no place by knowledge of open ones."""
+def _embedded(molecule: Mol, seed: int) -> Mol:
+    """Return a molecule, all hydrogen atoms included, with a conformer.
+
+    Cages find no place by what is known of open molecules. Some do without that knowledge, and more without their hydrogen
+    atoms, which are then added where there is room. Who finds none in the first tries seldom does later.
+
+    Raises
+    ------
+    ValueError
+        None of this finds a conformer.
+    """
+    from rdkit import Chem
     from rdkit.Chem import rdDistGeom
 
-    for make, random in ((rdDistGeom.ETKDGv3, False), (rdDistGeom.ETKDGv3, True), (rdDistGeom.EmbedParameters, True)):
-        parameters: Any = make()
+    def finds(whom: Mol, make: Any, *, random: bool) -> bool:
+        parameters = make()
         parameters.randomSeed = seed + 1  # -1 would be another every time
         parameters.useRandomCoords = random
-        yield parameters
+        parameters.maxIterations = TRIES
+        return bool(rdDistGeom.EmbedMolecule(whom, parameters) == 0)
+
+    informed, plain = rdDistGeom.ETKDGv3, rdDistGeom.EmbedParameters
+    if any(
+        finds(molecule, make, random=random) for make, random in ((informed, False), (informed, True), (plain, True))
+    ):
+        return molecule
+    bare = Chem.RemoveHs(molecule)
+    if finds(bare, plain, random=True):
+        whole = Chem.AddHs(bare, addCoords=True)
+        numbers = [[atom.GetAtomicNum() for atom in each.GetAtoms()] for each in (whole, molecule)]
+        if numbers[0] == numbers[1]:
+            return whole
+    raise ValueError("ETKDG finds no conformer")

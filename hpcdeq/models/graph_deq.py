@@ -121,8 +121,8 @@ class MessageCell(nn.Module):
         )
 
     def forward(self, z: Tensor, injection: Injection) -> Tensor:
-        messages = (z @ injection.message.T).index_select(0, injection.source) * injection.gate
-        received = sum_at_targets(messages, injection.target, len(z), injection.degree)
+        message = (z @ injection.message.T).index_select(0, injection.source)
+        received = sum_at_targets(injection.gate, message, injection.target, len(z), injection.degree)
         return torch.tanh(torch.addmm(received + injection.node, z, injection.own.T))
 
 

@@ -34,11 +34,12 @@ def at_targets(h: Tensor, target: Tensor, degree: int) -> Tensor:
     return h.index_select(0, target)
 
 
-def sum_at_targets(messages: Tensor, target: Tensor, nodes: int, degree: int) -> Tensor:
-    """Return the sum of the messages to each node, ``(n, d)`` from ``(E, d)``; see `at_targets`. Not collective."""
+def sum_at_targets(weight: Tensor, message: Tensor, target: Tensor, nodes: int, degree: int) -> Tensor:
+    """Return Σ weight ∘ message over the edges into each node, ``(n, d)`` from ``(E, d)``; see `at_targets`. Not collective."""
     if degree:
-        return messages.view(nodes, degree, -1).sum(dim=1)
-    return messages.new_zeros(nodes, messages.shape[1]).index_add(0, target, messages)
+        shape = nodes, degree, -1
+        return (weight.view(shape) * message.view(shape)).sum(dim=1)
+    return message.new_zeros(nodes, message.shape[1]).index_add(0, target, weight * message)
 
 
 class EdgeFeatures(nn.Module):
@@ -89,7 +90,7 @@ class GatedConvolution(nn.Module):
         mixed = self.edge(edges) + self.other(h).index_select(0, batch.edge_source)
         mixed = mixed + at_targets(self.own(h), batch.edge_target, batch.degree)
         gate, core = mixed.chunk(2, dim=1)
-        total = sum_at_targets(torch.sigmoid(gate) * silu(core), batch.edge_target, len(h), batch.degree)
+        total = sum_at_targets(torch.sigmoid(gate), silu(core), batch.edge_target, len(h), batch.degree)
         degree = torch.bincount(batch.edge_target, minlength=len(h)).clamp(min=1)[:, None].to(h.dtype)
         return h + self.norm(total / degree)
 
