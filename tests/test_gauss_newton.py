@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import hpcdeq
 from hpcdeq import parallel
 from hpcdeq.errors import OptionError
+from hpcdeq.optim.base import Recorder
 from hpcdeq.optim.levenberg_marquardt import Progress
 from hpcdeq.optim.limited_memory import LimitedMemory
 from hpcdeq.optim.sampling import Sampling
@@ -101,6 +102,19 @@ def test_inner_solves_end_as_their_options_say(norm: float, tolerances: tuple[fl
     ksp = SimpleNamespace(getTolerances=lambda: tolerances, getSolution=lambda: vector(np.ones(1)))
     rule(ksp, 0, 1.0)
     assert rule(ksp, 1, norm) == getattr(PETSc.KSP.ConvergedReason, reason)
+
+
+@pytest.mark.parametrize("overhead", [5.0, 0.0])
+def test_an_inner_solve_ends_when_the_time_is_up(overhead: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step after one product is taken and lowers the loss; with more time the same solve takes several products."""
+    options = {"tao_lm_overhead": overhead, "tao_ksp_rtol": 1e-10, "tao_pc_type": "none"}
+    free = hpcdeq.minimize(make(90)[0], "trgn", 1, options)
+    answers = iter([False])  # when the initial point is told
+    monkeypatch.setattr(Recorder, "out_of_time", lambda recorder: next(answers, True))
+    hurried = hpcdeq.minimize(make(90)[0], "trgn", 50, options)
+    assert hurried.iterations == 1 and hurried.loss < hurried.history[0][2]
+    # One product finds the damping, one is the solve's.
+    assert hurried.counts.gauss_newton_products == 2 * 90 and free.counts.gauss_newton_products > 4 * 90
 
 
 # ------------------------------------------------------------------------------------------------------- sampling

@@ -10,6 +10,7 @@ from the best multiple of the last step (Martens 2010, "Deep learning via Hessia
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from hpcdeq.errors import OptionError
 from hpcdeq.optim.iterating import ROUNDING, curvature_along, options_of, refreshed, tell
@@ -39,7 +40,11 @@ class LevenbergMarquardt:
         λ.
     radius
         ‖s‖ of the last step that was solved for: radius of the trust region that λ stands for.
+    enough
+        Says after every product whether the step is to be taken as it is then: the time may be up. The same on all ranks.
     """
+
+    enough: Callable[[], bool]
 
     def __init__(self) -> None:
         self.first, self.least = 1e-2, 1e-12
@@ -48,6 +53,7 @@ class LevenbergMarquardt:
         self.overhead = 5.0
         self.damping = 0.0
         self.radius: float | None = None
+        self.enough = lambda: False
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:  # noqa: N802 (petsc4py's name)
         """Read the options."""
@@ -170,8 +176,7 @@ class LevenbergMarquardt:
                 left = self._natural_norm(ksp, right, work)
                 asked = min(0.9, rtol * whole / left) if left > 0 else 0.9
         ksp.setTolerances(asked, *others)
-        if self.overhead:
-            ksp.setConvergenceTest(Progress(right, -model, self.overhead))
+        ksp.setConvergenceTest(Progress(right, -model, self.overhead, self.enough))
         ksp.solve(right, work.step)
         ksp.setTolerances(rtol, *others)
         # A conjugate-gradient residual is orthogonal to the solution: the model falls by half their product.
@@ -198,11 +203,15 @@ class Progress:
     before
         The model's decrease of the initial guess.
     overhead
-        Cost of an iterate besides its products, in products.
+        Cost of an iterate besides its products, in products; 0: products are always worth it.
+    enough
+        See `LevenbergMarquardt`.
     """
 
-    def __init__(self, right: PETSc.Vec, before: float, overhead: float) -> None:
-        self.right, self.overhead = right, overhead
+    def __init__(
+        self, right: PETSc.Vec, before: float, overhead: float, enough: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.right, self.overhead, self.enough = right, overhead, enough
         self.decreases = [before]
         self.first = 0.0
 
@@ -218,8 +227,10 @@ class Progress:
             return reasons.DIVERGED_NANORINF
         if norm <= max(rtol * self.first, atol):
             return reasons.CONVERGED_RTOL
+        if self.enough():
+            return reasons.CONVERGED_STEP_LENGTH
         last = self.decreases[-1]
-        if iteration > WINDOW:
+        if self.overhead and iteration > WINDOW:
             rate = (last - self.decreases[iteration - WINDOW]) / WINDOW
             if rate < last / (self.overhead + iteration):
                 return reasons.CONVERGED_STEP_LENGTH

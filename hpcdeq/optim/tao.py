@@ -93,6 +93,8 @@ class TaoRun:
             given = Options("tao_", {name.removeprefix("tao_"): value for name, value in options.items()})
             with given.inserted():
                 reraise(tao.setFromOptions)
+                if tao.getType() == "python" and hasattr(tao.getPythonContext(), "enough"):
+                    tao.getPythonContext().enough = self.recorder.out_of_time
                 # brgn leaves its iterations to a solver inside, which knows nothing of a monitor set from Python.
                 (tao.getBRGNSubsolver() if tao.getType() == "brgn" else tao).setMonitor(self._monitor)
                 reraise(tao.solve)
