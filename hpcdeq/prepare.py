@@ -136,6 +136,9 @@ def _molecule_options(parser: argparse.ArgumentParser) -> None:
         help="source: its coordinates where it has them (default); conformers: ETKDG's where not; none: bonds alone",
     )
     parser.add_argument(
+        "--conformers", type=int, metavar="C", help="with --geometry conformers: atoms know of C of them (default 1)"
+    )
+    parser.add_argument(
         "--radius", type=float, metavar="R", help="pairs up to this distance are edges (default 5 angstrom)"
     )
     parser.add_argument("--group", metavar="KEY", help="smiles, scaffold or a field: never straddles (default smiles)")
@@ -149,7 +152,9 @@ def _build_molecules(options: argparse.Namespace, command: str) -> Report:
         options.out,
         options.source,
         _labels(options, DIPOLE),
-        MoleculeSettings(seed=options.seed, **_given(options, "geometry", "radius", "group", "smiles_column")),
+        MoleculeSettings(
+            seed=options.seed, **_given(options, "geometry", "conformers", "radius", "group", "smiles_column")
+        ),
         _shares(options),
         processes=_processes(options),
         command=command,

@@ -400,6 +400,31 @@ def test_a_dipole_tells_what_distances_hide() -> None:
         torch.testing.assert_close(length(along, along), 2 * 3 * charge[0].abs(), rtol=1e-3, atol=1e-3)
 
 
+def test_lengths_of_dipoles_are_the_mean_over_conformers() -> None:
+    """Conformers of the edges' own positions give what the edges give; others their own moments; turned ones the same."""
+    pooling = DipolePooling(3, 2, 4).double()
+    position = torch.randn(5, 3, dtype=torch.float64)
+    target, source = (1 - torch.eye(5)).nonzero().T
+    h, edges = torch.randn(5, 3, dtype=torch.float64), torch.randn(len(source), 2, dtype=torch.float64)
+    owner = torch.tensor([0, 0, 0, 1, 1])
+    inside = owner[source] == owner[target]
+    source, target, edges = source[inside], target[inside], edges[inside]
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
+
+    def lengths(at: Tensor, *conformers: Tensor) -> Tensor:
+        vector = at[source] - at[target]
+        stacked = torch.stack(conformers, dim=1) if conformers else torch.zeros(5, 0, 3, dtype=torch.float64)
+        numbers = torch.ones(5, dtype=torch.int64)
+        return pooling(h, edges, GraphBatch(numbers, source, target, vector, owner, 2, conformers=stacked))
+
+    other = position + torch.randn(5, 3, dtype=torch.float64)
+    plain, elsewhere = lengths(position), lengths(other)
+    assert float((plain - elsewhere).detach().abs().min()) > 1e-6
+    torch.testing.assert_close(lengths(position, position), plain)
+    torch.testing.assert_close(lengths(position, position @ turn, position + 7.0), plain)
+    torch.testing.assert_close(lengths(position, position, other), 0.5 * (plain + elsewhere))
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_formal_charge_is_told_from_none(name: str) -> None:
     model, molecule = tight(built(name)), graph(4, seed=2)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rdkit import Chem
 from rdkit.Chem import rdDistGeom
 
@@ -21,8 +22,10 @@ from hpcdeq.builders.molecule_sources import source_rows
 from hpcdeq.builders.molecules import DIPOLE, prepare_molecules
 from hpcdeq.builders.samples import Shares
 from hpcdeq.builders.spool import Built
+from hpcdeq.data.batches import graph_batch
 from hpcdeq.data.graphs import BONDS, GraphArrays
 from hpcdeq.data.shards import Shards
+from hpcdeq.data.writer import DatasetWriter
 from hpcdeq.errors import DataError, OptionError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "molecules"
@@ -95,6 +98,53 @@ def test_lengths_of_conformers_are_those_of_chemistry(tmp_path: Path) -> None:
     back = {(t, s): v for s, t, v in zip(graph.edge_source, graph.edge_target, graph.edge_vector, strict=True)}
     for s, t, v in zip(graph.edge_source, graph.edge_target, graph.edge_vector, strict=True):
         assert np.allclose(back[s, t], -v)
+
+
+def test_every_atom_knows_its_places_in_all_conformers(tmp_path: Path) -> None:
+    """Butane's conformers differ, edges are the first one's, and bonds are as long in all of them; a cage has fewer, repeated."""
+    graph = of_smiles("CCCC", tmp_path, MoleculeSettings(geometry="conformers", conformers=5))
+    assert graph.conformers.shape == (14, 5, 3)
+    between = graph.conformers[graph.edge_source] - graph.conformers[graph.edge_target]
+    assert np.allclose(between[:, 0], graph.edge_vector, atol=1e-5)
+    length = np.linalg.norm(between, axis=2)
+    assert np.ptp(length[graph.edge_bond > 0], axis=1).max() < 0.02 and np.ptp(length, axis=1).max() > 0.5
+    assert np.abs(graph.conformers.mean(axis=0)).max() < 1e-5
+    alone = of_smiles("CCCC", tmp_path, MoleculeSettings(geometry="conformers"))
+    assert alone.conformers.shape == (14, 0, 3) and np.allclose(alone.edge_vector, graph.edge_vector)
+    cage = of_smiles("OC1C2CC11CCC1C2", tmp_path, MoleculeSettings(geometry="conformers", conformers=3))
+    assert cage.conformers.shape == (21, 3, 3)
+
+
+def test_conformers_reach_the_model(tmp_path: Path) -> None:
+    """Through the file, in batches, in another order; what has other numbers of conformers is refused."""
+    (tmp_path / "m.csv").write_text("id,smiles,mu\n" + "".join(f"{k},CC{'C' * k}O,{k}\n" for k in range(6)))
+    settings = MoleculeSettings(geometry="conformers", conformers=2)
+    prepare_molecules(tmp_path / "m.h5", tmp_path / "m.csv", settings=settings, comm=parallel.SELF)
+    shards = Shards(tmp_path / "m.h5")
+    assert shards.schema.conformers == 2
+    rows = shards.read(np.arange(6))
+    assert isinstance(rows.inputs, GraphArrays)
+    for place, name in enumerate(rows.ids):
+        alone = of_smiles(f"CC{'C' * int(name)}O", tmp_path, settings)
+        assert np.array_equal(rows.inputs.take(np.array([place])).conformers, alone.conformers)
+    batch = graph_batch(rows.inputs, np.array([4, 1]))
+    assert batch.conformers.shape == (len(batch.atomic_number), 2, 3) and batch.conformers.dtype == torch.float64
+    with DatasetWriter(tmp_path / "n.h5", replace(shards.schema, conformers=3)) as writer:
+        with pytest.raises(DataError, match="atoms of 2 conformers, expected 3"):
+            writer.append(rows, np.zeros(6, np.uint8))
+        more = replace(rows.inputs, conformers=rows.inputs.conformers[:, [0, 1, 0]])
+        writer.append(replace(rows, inputs=more), np.zeros(6, np.uint8))
+    (tmp_path / "both").mkdir()
+    for part, name in enumerate(("m.h5", "n.h5")):
+        (tmp_path / name).rename(tmp_path / "both" / f"part-{part:05d}.h5")
+    with pytest.raises(DataError, match="conformers is 3, but 2"):
+        Shards(tmp_path / "both")
+
+
+@pytest.mark.parametrize(("conformers", "geometry"), [(0, "conformers"), (2, "source")])
+def test_conformers_that_there_cannot_be_are_refused(conformers: int, geometry: str) -> None:
+    with pytest.raises(OptionError, match=f"--conformers {conformers}"):
+        MoleculeSettings(geometry=geometry, conformers=conformers)
 
 
 def test_a_cage_without_room_for_what_is_known_has_a_conformer(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ class Recipe:
         A frozen dataclass.
     packages
         Whose versions the file tells.
+    conformers
+        Positions that every node has.
     """
 
     kind: str
@@ -67,6 +69,7 @@ class Recipe:
     build: Callable[[list[Any], Any, Labelling | None], Built]
     settings: Any
     packages: tuple[str, ...]
+    conformers: int = 0
 
 
 def prepare_graphs(
@@ -241,4 +244,5 @@ class Assembly:
             "settings": self.recipe.settings.__dict__,
             "labels": self.labels.meaning,
         }
-        return Schema(representation="graph", provenance=origin, **self.labels.schema_fields(classes))
+        told = self.labels.schema_fields(classes)
+        return Schema(representation="graph", provenance=origin, conformers=self.recipe.conformers, **told)

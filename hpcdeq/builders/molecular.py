@@ -16,7 +16,7 @@ from hpcdeq.builders.neighbours import SAME_DISTANCE
 from hpcdeq.builders.samples import Skipped
 from hpcdeq.builders.spool import Built
 from hpcdeq.builders.structures import ID_KEYS, reason_of, split_named
-from hpcdeq.data.graphs import BONDS, GraphArrays, join_graphs
+from hpcdeq.data.graphs import BONDS, NODE_FIELDS, GraphArrays, join_graphs
 from hpcdeq.data.rows import HEAVIEST
 from hpcdeq.errors import OptionError
 
@@ -37,6 +37,9 @@ class MoleculeSettings:
     geometry
         ``source``: coordinates of the source, where it has them. ``conformers``: and ETKDG's where it has none. ``none``:
         bonds alone, without lengths.
+    conformers
+        ETKDG conformers that the atoms know of; edges are those of the first. Of a SMILES without stereochemistry each is of
+        an isomer of its own.
     radius
         Å: with coordinates, pairs of atoms up to this distance are edges as well as bonds.
     group
@@ -49,6 +52,7 @@ class MoleculeSettings:
     """
 
     geometry: str = SOURCE
+    conformers: int = 1
     radius: float = 5.0
     group: str = SMILES
     smiles_column: str = ""
@@ -58,6 +62,8 @@ class MoleculeSettings:
         """Refuse values that make no sense."""
         if self.geometry not in GEOMETRIES:
             raise OptionError(f"--geometry {self.geometry}: choose one of {', '.join(GEOMETRIES)}")
+        if self.conformers < 1 or (self.conformers > 1 and self.geometry != CONFORMERS):
+            raise OptionError(f"--conformers {self.conformers}: 1, or more with --geometry {CONFORMERS}")
         if not self.radius > 0:
             raise OptionError(f"--radius {self.radius}: a length in angstrom")
 
@@ -252,7 +258,7 @@ def graph_of(molecule: Mol, settings: MoleculeSettings) -> GraphArrays:
     linked = bond > 0
     vectors = np.zeros((atoms, atoms, 3))
     if positions is not None:
-        vectors = positions[None, :] - positions[:, None]
+        vectors = positions[0][None, :] - positions[0][:, None]
         distance = np.linalg.norm(vectors, axis=2)
         linked |= (distance <= settings.radius) & ~np.eye(atoms, dtype=bool)
         if linked.any() and distance[linked].min() < 0.1:
@@ -270,11 +276,12 @@ def graph_of(molecule: Mol, settings: MoleculeSettings) -> GraphArrays:
         vector,
         bond[target, source],
         np.array([atom.GetFormalCharge() for atom in molecule.GetAtoms()], np.int8),
+        _centred(positions if positions is not None and settings.conformers > 1 else np.zeros((0, atoms, 3))),
     )
 
 
 def _positions(molecule: Mol, settings: MoleculeSettings) -> np.ndarray | None:
-    """Return ``(n, 3)`` Å: the source's, or of a conformer (Riniker and Landrum 2015, refined by MMFF94), or None."""
+    """Return ``(C, n, 3)`` Å: the source's, or of conformers (Riniker and Landrum 2015, refined by MMFF94), or None."""
     if settings.geometry == NONE:
         return None
     if not molecule.GetNumConformers():
@@ -282,14 +289,20 @@ def _positions(molecule: Mol, settings: MoleculeSettings) -> np.ndarray | None:
             return None
         from rdkit.Chem import rdForceFieldHelpers
 
-        molecule = _embedded(molecule, settings.seed)
+        molecule = _embedded(molecule, settings)
         if rdForceFieldHelpers.MMFFHasAllMoleculeParams(molecule):
-            rdForceFieldHelpers.MMFFOptimizeMolecule(molecule)
-    return np.asarray(molecule.GetConformer().GetPositions(), float)
+            rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(molecule)
+    found = [conformer.GetPositions() for conformer in molecule.GetConformers()]
+    return np.array([found[k % len(found)] for k in range(settings.conformers)], float)
 
 
-def _embedded(molecule: Mol, seed: int) -> Mol:
-    """Return a molecule, all hydrogen atoms included, with a conformer.
+def _centred(positions: np.ndarray) -> np.ndarray:
+    """Return ``(n, C, 3)``, every conformer about its own centre."""
+    return (positions - positions.mean(axis=1, keepdims=True)).transpose(1, 0, 2).astype(NODE_FIELDS["conformers"])
+
+
+def _embedded(molecule: Mol, settings: MoleculeSettings) -> Mol:
+    """Return a molecule, all hydrogen atoms included, with as many conformers as asked for, or at least one.
 
     Cages find no place by what is known of open molecules. Some do without that knowledge, and more without their hydrogen
     atoms, which are then added where there is room. Who finds none in the first tries seldom does later.
@@ -304,10 +317,10 @@ def _embedded(molecule: Mol, seed: int) -> Mol:
 
     def finds(whom: Mol, make: Any, *, random: bool) -> bool:
         parameters = make()
-        parameters.randomSeed = seed + 1  # -1 would be another every time
+        parameters.randomSeed = settings.seed + 1  # -1 would be another every time
         parameters.useRandomCoords = random
         parameters.maxIterations = TRIES
-        return bool(rdDistGeom.EmbedMolecule(whom, parameters) == 0)
+        return len(rdDistGeom.EmbedMultipleConfs(whom, settings.conformers, parameters)) > 0
 
     informed, plain = rdDistGeom.ETKDGv3, rdDistGeom.EmbedParameters
     if any(

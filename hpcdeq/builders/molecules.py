@@ -18,7 +18,8 @@ DIPOLE = Labelling("mu", (2.5,), ("weakly polar", "strongly polar"), "debye")
 
 def molecule_recipe(settings: MoleculeSettings) -> Recipe:
     """Return the recipe of graphs of molecules. Not collective."""
-    return Recipe("molecules", source_rows, build_molecules, settings, ("rdkit",))
+    conformers = settings.conformers if settings.conformers > 1 else 0
+    return Recipe("molecules", source_rows, build_molecules, settings, ("rdkit",), conformers)
 
 
 def prepare_molecules(

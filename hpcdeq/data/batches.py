@@ -36,6 +36,8 @@ class GraphBatch:
         ``(E,)`` int64, numbers in `hpcdeq.data.graphs.BONDS`; zeros unless given.
     formal_charge
         ``(n,)`` int64; zeros unless given.
+    conformers
+        ``(n, C, 3)`` Å, positions in C conformers; C = 0 unless given.
     degree
         Edges into every node, where that is the same number for all and the edges are grouped by target; otherwise 0.
     """
@@ -48,6 +50,7 @@ class GraphBatch:
     num_graphs: int
     edge_bond: torch.Tensor = NONE
     formal_charge: torch.Tensor = NONE
+    conformers: torch.Tensor = NONE
     degree: int = 0
 
     def __post_init__(self) -> None:
@@ -56,6 +59,8 @@ class GraphBatch:
             object.__setattr__(self, "edge_bond", torch.zeros_like(self.edge_source))
         if self.formal_charge is NONE:
             object.__setattr__(self, "formal_charge", torch.zeros_like(self.atomic_number))
+        if self.conformers is NONE:
+            object.__setattr__(self, "conformers", self.edge_vector.new_zeros(len(self.atomic_number), 0, 3))
 
     def __len__(self) -> int:
         """Return the number of samples. Not collective."""
@@ -80,6 +85,7 @@ class GraphBatch:
             self.num_graphs,
             self.edge_bond.to(device=device),
             self.formal_charge.to(device=device),
+            self.conformers.to(device=device, dtype=dtype),
             self.degree,
         )
 
@@ -150,6 +156,7 @@ def graph_batch(graphs: GraphArrays, rows: RowsLike, dtype: torch.dtype = torch.
         len(picked),
         torch.from_numpy(picked.edge_bond.astype(np.int64)),
         torch.from_numpy(picked.formal_charge.astype(np.int64)),
+        torch.from_numpy(picked.conformers).to(dtype),
         _degree(target, len(picked.atomic_number)),
     )
 
@@ -181,6 +188,7 @@ def graph_arrays(batch: GraphBatch) -> GraphArrays:
         batch.edge_vector.detach().cpu().numpy()[order],
         batch.edge_bond.cpu().numpy()[order],
         batch.formal_charge.cpu().numpy(),
+        batch.conformers.detach().cpu().numpy(),
     )
 
 

@@ -12,8 +12,8 @@ Rows = slice | np.ndarray
 
 NONE = np.zeros(0)  # not given
 # What stands in a file and in memory with one row a node or an edge, and of which type; bonds and charges are zero where
-# a file has none.
-NODE_FIELDS = {"atomic_number": np.uint8, "formal_charge": np.int8}
+# a file has none, and there are no conformers.
+NODE_FIELDS = {"atomic_number": np.uint8, "formal_charge": np.int8, "conformers": np.float32}
 EDGE_FIELDS = {"edge_source": np.int32, "edge_target": np.int32, "edge_vector": np.float64, "edge_bond": np.uint8}
 BONDS = ("none", "single", "double", "triple", "aromatic")  # edge_bond by number
 
@@ -39,6 +39,9 @@ class GraphArrays:
         ``(E,)`` integers, numbers in `BONDS`; by default zeros.
     formal_charge
         ``(n,)`` integers, elementary charges: of a molecule's atoms, or likely oxidation states; by default zeros.
+    conformers
+        ``(n, C, 3)`` Å, positions in C conformers of a molecule, each about its centre; by default C = 0. Edges are those of
+        the first.
     """
 
     node_offset: np.ndarray
@@ -49,6 +52,7 @@ class GraphArrays:
     edge_vector: np.ndarray
     edge_bond: np.ndarray = field(default_factory=lambda: NONE)
     formal_charge: np.ndarray = field(default_factory=lambda: NONE)
+    conformers: np.ndarray = field(default_factory=lambda: NONE)
 
     def __post_init__(self) -> None:
         """Fill in zeros for what is not given."""
@@ -56,6 +60,8 @@ class GraphArrays:
             object.__setattr__(self, "edge_bond", np.zeros(len(self.edge_source), EDGE_FIELDS["edge_bond"]))
         if self.formal_charge is NONE:
             object.__setattr__(self, "formal_charge", np.zeros(len(self.atomic_number), NODE_FIELDS["formal_charge"]))
+        if self.conformers is NONE:
+            object.__setattr__(self, "conformers", np.zeros((len(self.atomic_number), 0, 3), NODE_FIELDS["conformers"]))
 
     def __len__(self) -> int:
         """Return the number of samples. Not collective."""
@@ -114,10 +120,11 @@ def join_graphs(parts: Sequence[GraphArrays]) -> GraphArrays:
     """
     if len(parts) < 2:
         return parts[0] if parts else no_graphs()
+    filled = [part for part in parts if len(part.atomic_number)] or parts[:1]  # what is empty has no conformers either
     return GraphArrays(
         node_offset=_join_offsets([part.node_offset for part in parts]),
         edge_offset=_join_offsets([part.edge_offset for part in parts]),
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in (*NODE_FIELDS, *EDGE_FIELDS)},
+        **{name: np.concatenate([getattr(part, name) for part in filled]) for name in (*NODE_FIELDS, *EDGE_FIELDS)},
     )
 
 

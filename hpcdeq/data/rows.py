@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpcdeq.data.graphs import BONDS, GraphArrays, Rows, join_graphs, no_graphs
+from hpcdeq.data.graphs import BONDS, NODE_FIELDS, GraphArrays, Rows, join_graphs, no_graphs
 from hpcdeq.data.schema import REMEDY, Schema, reading
 from hpcdeq.errors import DataError
 
@@ -90,7 +90,11 @@ def read_rows(path: Path, file: h5py.File, schema: Schema, start: int, stop: int
         _slab(path, file, "/graph/edge_target", *edges),
         _slab(path, file, "/graph/edge_vector", *edges).astype(np.float64, copy=False),
         **{name: _slab(path, file, f"/graph/{name}", *edges) for name in ("edge_bond",) if name in file["/graph"]},
-        **{name: _slab(path, file, f"/graph/{name}", *nodes) for name in ("formal_charge",) if name in file["/graph"]},
+        **{
+            name: _slab(path, file, f"/graph/{name}", *nodes).astype(kind, copy=False)
+            for name, kind in NODE_FIELDS.items()
+            if name != "atomic_number" and name in file["/graph"]
+        },
     )
     return SampleRows(ids, targets, graphs)
 
@@ -151,6 +155,7 @@ def check_rows(source: object, schema: Schema, rows: SampleRows, numbers: np.nda
     unknown = graphs.edge_bond >= len(BONDS)
     _refuse(source, "/graph/edge_bond", unknown, graphs.edge_bond, edge_row, f"not 0 to {len(BONDS) - 1}")
     _refuse(source, "/graph/edge_vector", ~np.isfinite(graphs.edge_vector), graphs.edge_vector, edge_row, "not finite")
+    _refuse(source, "/graph/conformers", ~np.isfinite(graphs.conformers), graphs.conformers, node_row, "not finite")
 
 
 def _refuse(source: object, name: str, wrong: np.ndarray, values: np.ndarray, rows: np.ndarray, reason: str) -> None:

@@ -21,6 +21,7 @@ from hpcdeq.errors import DataError
 FORMAT = "hpcdeq"
 VERSION = 1
 SPLITS = ("train", "validation", "test")  # stored as 0, 1, 2
+CONFORMERS = "/graph/conformers"
 TASKS = ("classification", "regression")
 REPRESENTATIONS = ("array", "graph")
 REMEDY = "make it again with: python -m hpcdeq.prepare KIND SOURCE --out FILE.h5"
@@ -42,6 +43,8 @@ class Schema:
         One each a target; empty for classification.
     sample_shape
         Shape of one sample's input array; ``()`` for graphs.
+    conformers
+        Positions that every atom of a graph has, besides its edges; 0: none.
     count
         Number of samples in the file or folder, over all splits.
     provenance
@@ -54,6 +57,7 @@ class Schema:
     target_names: tuple[str, ...] = ()
     target_units: tuple[str, ...] = ()
     sample_shape: tuple[int, ...] = ()
+    conformers: int = 0
     count: int = 0
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -86,7 +90,7 @@ class Schema:
 
         Not collective. Count and provenance may differ from part to part.
         """
-        for name in ("task", "representation", "classes", "target_names", "target_units", "sample_shape"):
+        for name in ("task", "representation", "classes", "target_names", "target_units", "sample_shape", "conformers"):
             if getattr(self, name) != getattr(other, name):
                 return name
         return None
@@ -165,6 +169,7 @@ def read_schema(path: Path, file: h5py.File) -> Schema:
         target_names=_texts(file, "target_names"),
         target_units=_texts(file, "target_units"),
         sample_shape=_dataset(path, file, "/array/x").shape[1:] if representation == "array" else (),
+        conformers=(*_dataset(path, file, CONFORMERS).shape, 0)[1] if CONFORMERS in file else 0,
         count=len(_dataset(path, file, "/sample/split")),
         provenance=provenance,
     )
@@ -217,6 +222,8 @@ def _check_datasets(path: Path, file: h5py.File, schema: Schema) -> None:
     for name, rows in (("/graph/edge_bond", edges), ("/graph/formal_charge", nodes)):
         if name in file:
             _check_shape(path, file, name, "iu", (rows,))
+    if CONFORMERS in file:
+        _check_shape(path, file, CONFORMERS, "f", (nodes, schema.conformers, 3))
 
 
 def _check_shape(path: Path, file: h5py.File, name: str, kinds: str, shape: tuple[int, ...]) -> None:

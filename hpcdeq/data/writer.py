@@ -140,7 +140,8 @@ class DatasetWriter:
             self._extend("/graph/node_offset", graphs.node_offset[1:] + nodes)
             self._extend("/graph/edge_offset", graphs.edge_offset[1:] + edges)
             for name in (*NODE_FIELDS, *EDGE_FIELDS):
-                self._extend(f"/graph/{name}", getattr(graphs, name))
+                if name != "conformers" or self.schema.conformers:
+                    self._extend(f"/graph/{name}", getattr(graphs, name))
         self.count += number
 
     def _open(self) -> h5py.File:
@@ -166,6 +167,9 @@ class DatasetWriter:
         if isinstance(samples.inputs, GraphArrays):
             if len(samples.inputs) != number:
                 raise DataError(f"{self.path}: {number} ids, but {len(samples.inputs)} graphs")
+            conformers = samples.inputs.conformers.shape[1]
+            if number and conformers != schema.conformers:
+                raise DataError(f"{self.path}: atoms of {conformers} conformers, expected {schema.conformers}")
         elif samples.inputs.shape != (number, *schema.sample_shape):
             wanted = (number, *schema.sample_shape)
             raise DataError(f"{self.path}: inputs have shape {samples.inputs.shape}, expected {wanted}")
@@ -200,13 +204,16 @@ class DatasetWriter:
         units = {
             "atomic_number": "protons; 0: the centre of a void",
             "formal_charge": "elementary charges",
+            "conformers": "angstrom",
             "edge_source": f"the neighbour: {own}",
             "edge_target": f"the atom whose neighbour it is: {own}",
             "edge_vector": "angstrom",
             "edge_bond": ", ".join(f"{number} {name}" for number, name in enumerate(BONDS)),
         }
+        shapes = {"edge_vector": (3,), "conformers": (schema.conformers, 3)}
         for name, kind in (NODE_FIELDS | EDGE_FIELDS).items():
-            self._create(f"/graph/{name}", kind, (3,) if name == "edge_vector" else (), units=units[name])
+            if name != "conformers" or schema.conformers:
+                self._create(f"/graph/{name}", kind, shapes.get(name, ()), units=units[name])
         for name in ("/graph/node_offset", "/graph/edge_offset"):
             self._extend(name, np.zeros(1, np.int64))
 

@@ -147,7 +147,8 @@ class DipolePooling(nn.Module):
 
     With t the charge that goes from i to j, the sum over all pairs is the dipole moment: what a molecule's polarity is made
     of, and no pooling of numbers can find. It does not change when the molecule is turned or moved, and it grows with the
-    molecule; of a periodic structure it grows with the cell, which is no property of the structure.
+    molecule; of a periodic structure it grows with the cell, which is no property of the structure. Where atoms know of several
+    conformers, the lengths are the mean over these: charges are those of the first, dipole moments each one's own.
 
     Parameters
     ----------
@@ -168,10 +169,16 @@ class DipolePooling(nn.Module):
         """Return ``(B, channels)`` from ``(n, width)`` atoms and ``(E, edge_width)`` edges."""
         mixed = self.edge(edges) + self.other(h).index_select(0, batch.edge_source)
         mixed = mixed + at_targets(self.own(h), batch.edge_target, batch.degree)
-        moved = self.transfer(silu(mixed))[:, :, None] * batch.edge_vector[:, None]
-        graph = batch.node_graph.index_select(0, batch.edge_target)
-        total = moved.new_zeros(batch.num_graphs, *moved.shape[1:]).index_add(0, graph, moved)
-        return (total.square().sum(dim=2) + SMALL**2).sqrt()  # with derivatives at zero, too
+        transfer = self.transfer(silu(mixed))
+        if batch.conformers.shape[1]:
+            charge = transfer.new_zeros(len(h), transfer.shape[1]).index_add(0, batch.edge_source, transfer)
+            charge = charge.index_add(0, batch.edge_target, -transfer)
+            moment, graph = charge[:, None, :, None] * batch.conformers[:, :, None], batch.node_graph
+        else:
+            moment = (transfer[:, :, None] * batch.edge_vector[:, None])[:, None]
+            graph = batch.node_graph.index_select(0, batch.edge_target)
+        total = moment.new_zeros(batch.num_graphs, *moment.shape[1:]).index_add(0, graph, moment)
+        return (total.square().sum(dim=3) + SMALL**2).sqrt().mean(dim=1)  # with derivatives at zero, too
 
 
 @dataclass(frozen=True)
