@@ -157,6 +157,20 @@ def test_tolerances_follow_the_progress() -> None:
     assert accuracy.tolerance == 0.0
 
 
+def test_minibatches_that_rise_and_fall_ask_for_no_more_accuracy() -> None:
+    """Only growing adjoints, and errors that were measured, make solves tighter."""
+    accuracy = Accuracy(noisy=True)
+    accuracy.update(1.0, 10.0, 2.0)
+    accuracy.learn(0.25 * ALLOWED_ERROR)
+    for loss, norm in ((1.1, 5.0), (0.5, 20.0), (0.5, 0.1)):
+        accuracy.update(loss, norm, 2.0)
+        assert accuracy.tolerance == BEGINNING
+    accuracy.update(0.5, 0.1, 4.0)
+    assert accuracy.tolerance == pytest.approx(BEGINNING / 4)
+    accuracy.learn(1.0)
+    assert accuracy.tolerance < BEGINNING * ALLOWED_ERROR
+
+
 @pytest.mark.parametrize(("method", "iterations"), [("lbfgs", 15), ("trgn", 3), ("newton", 3)])
 def test_adaptive_runs_cost_less_and_end_at_the_same_loss(method: str, iterations: int) -> None:
     exact, loose = problem(norm=0.8, warm_start=False), problem(norm=0.8, adaptive=True)

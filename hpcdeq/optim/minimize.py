@@ -88,7 +88,7 @@ def minimize(
         if method not in MINIBATCH:
             _check_determinism(problem, method, x0)
     recorder = Recorder(problem, callback, max_seconds)
-    problem.begin()
+    problem.begin(noisy=method in MINIBATCH)
     try:
         if method in MINIBATCH:
             result = MinibatchRun(recorder, method, minibatch or MinibatchSettings()).minimize(x0, max_iterations)

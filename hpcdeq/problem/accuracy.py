@@ -21,9 +21,16 @@ class Accuracy:
     below one in a hundred. Between two measurements that bound rests on the error being proportional to η and to the
     square of ‖u‖ / ‖g‖, which bounds ‖(I - J)⁻¹‖ from below: θ follows its growth at once, and beyond 1.5 times the error
     is measured anew. Not collective, every method.
+
+    Parameters
+    ----------
+    noisy
+        Gradients are those of minibatches: they differ from each other by more than the error that is allowed until the end, and
+        losses rise and fall. Then η = θ.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, noisy: bool = False) -> None:
+        self.noisy = noisy
         self.factor = BEGINNING
         self.tolerance = BEGINNING
         self.measured: list[tuple[int, float, float]] = []  # (iterate, tolerance, relative error of the gradient)
@@ -51,6 +58,8 @@ class Accuracy:
         decrease = (self._loss - loss) / abs(loss) if loss else 0.0
         progress = min(1.0, gradient_norm / self._first if self._first else 0.0, max(decrease, 0.0) / PART_OF_DECREASE)
         self._loss = loss
+        if self.noisy:
+            progress = 1.0
         grown = max(amplification / self._known, 1.0) if self._known else 1.0
         self.tolerance = self.factor * progress / grown**2
         return self.tolerance > 0 and (self._count % CHECK_EVERY == 0 or grown > GROWN)

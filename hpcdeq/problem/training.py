@@ -250,11 +250,11 @@ class TrainingProblem:
                 self.accuracy.learn(float("inf"))
         self._loosen(self.accuracy.tolerance)
 
-    def begin(self) -> None:
-        """Begin a minimisation: accuracy follows its progress from here on, and its time is taken."""
+    def begin(self, *, noisy: bool = False) -> None:
+        """Begin a minimisation, noisy if it is on minibatches: accuracy follows its progress, and its time is taken."""
         self.phases.begin()
         if self.accuracy is not None:
-            self.accuracy = Accuracy()
+            self.accuracy = Accuracy(noisy=noisy)
             self._loosen(self.accuracy.tolerance)
 
     @property
