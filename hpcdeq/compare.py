@@ -16,7 +16,8 @@ from typing import Any
 from hpcdeq.campaign.campaign import Campaign
 from hpcdeq.campaign.plan import UNBOUNDED, Variant, plan_variants, read_set, split_base
 from hpcdeq.commands import CommandParser
-from hpcdeq.config import EMBEDDED, EMBEDDED_SETTINGS, add_settings, named_options, read_toml, with_options
+from hpcdeq.config import EMBEDDED, EMBEDDED_SETTINGS, named_options, read_toml
+from hpcdeq.config_options import add_settings, with_options
 from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, OptionError, suggestion
 from hpcdeq.methods import learning_rate_grid
 from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments

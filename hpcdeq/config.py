@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpcdeq.commands import CommandParser
 from hpcdeq.errors import OptionError, suggestion
 from hpcdeq.methods import (
     ADAMW_DECAY,
@@ -20,7 +18,6 @@ from hpcdeq.methods import (
     GROWING,
     LEARNING_RATE,
     MINIBATCH,
-    SCHEDULES,
     TORCH_LBFGS,
     Schedule,
 )
@@ -70,6 +67,8 @@ class TrainConfig:
         λ of the term λ/2 ‖p‖² of the loss; for adamw its decay, which is no part of the loss. None: 0, for adamw 0.01.
     l1
         λ of the term λ Σ |p| of the loss, its kink rounded off (`hpcdeq.problem.terms.L1`).
+    label_smoothing
+        Part of every class label that is shared out evenly over all classes (Szegedy et al. 2016, arXiv 1512.00567).
     jacobian_penalty
         w of the term w/2 ‖∂f/∂z‖²_F / n of the loss, at the fixed points (`hpcdeq.problem.terms.JacobianPenalty`).
     seed
@@ -106,6 +105,7 @@ class TrainConfig:
     learning_rate_floor: float | None = None
     weight_decay: float | None = None
     l1: float = 0.0
+    label_smoothing: float = 0.0
     jacobian_penalty: float = 0.0
     seed: int = 0
     dtype: str = "float64"
@@ -139,6 +139,8 @@ class TrainConfig:
         for name in ("l1", "jacobian_penalty"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise OptionError(f"{name} is {getattr(self, name)}: give a finite number that is not negative")
+        if not 0 <= self.label_smoothing < 1:
+            raise OptionError(f"label_smoothing is {self.label_smoothing}: give a number from 0 to below 1")
         self.learning_rates()
         if self.optimizer in MINIBATCH or self.optimizer == TORCH_LBFGS:
             for name in ("batch_growth", "hessian_fraction", "curvature"):
@@ -176,100 +178,6 @@ class TrainConfig:
 
 _TABLES = ("model_settings", "petsc")
 _TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "Mapping": dict}
-
-
-def add_settings(parser: CommandParser) -> None:
-    """Add the options that decide a run whatever its optimizer and seed are. Not collective."""
-    parser.add_argument("--data", metavar="FILE.h5", help="dataset of hpcdeq.prepare (default: the embedded problem)")
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="mlp, deeponet, fno, mlp_deq, deeponet_deq, fno_deq, monotone_deq, conv_deq, of graphs: graph_deq, graph_image_deq, "
-        "graph_unrolled, graph_image_unrolled, cgcnn (default: by the data)",
-    )
-    parser.add_argument(
-        "--model-settings",
-        type=_model_settings,
-        metavar="NAME=VALUE,...",
-        help="of the model, e.g. width=32,contraction=0.5 (a wrong name lists them)",
-    )
-    parser.add_argument("--max-iterations", type=int, metavar="N", help="steps; of adam, epochs (default 100)")
-    parser.add_argument("--max-seconds", type=float, metavar="S", help="of the optimisation (default: no bound)")
-    minibatch = "of " + ", ".join(MINIBATCH)
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help=f"{minibatch}, over all ranks (default 64); of trgn and lbfgs, the first iteration's (default all)",
-    )
-    parser.add_argument(
-        "--batch-growth",
-        type=float,
-        metavar="G",
-        help="of trgn and lbfgs: factor from an iteration to the next (default 1.1)",
-    )
-    parser.add_argument(
-        "--hessian-fraction", type=float, metavar="F", help="samples that curvature products are taken on (default 1)"
-    )
-    parser.add_argument(
-        "--curvature", metavar="KIND", help="gauss_newton or hessian, for tao:TYPE (default: hessian, brgn's its own)"
-    )
-    parser.add_argument("--learning-rate", type=float, metavar="R", help=f"{minibatch}: the largest (default 0.001)")
-    parser.add_argument("--schedule", metavar="|".join(SCHEDULES), help="of the learning rate (default cosine)")
-    parser.add_argument(
-        "--warmup",
-        type=float,
-        metavar="W",
-        help="learning rate rises over a fraction of the run, or steps if W >= 1 (default 0.05; constant: 0)",
-    )
-    parser.add_argument(
-        "--learning-rate-floor", type=float, metavar="F", help="fraction of the learning rate to end with (default 0)"
-    )
-    parser.add_argument(
-        "--weight-decay",
-        type=float,
-        metavar="R",
-        help="L2 penalty R/2 |weights|^2 (default 0); of adamw, its decay outside the loss (default 0.01)",
-    )
-    parser.add_argument(
-        "--l1", type=float, metavar="R", help="penalty R sum |weights|, smoothed within 0.001 of 0 (default 0)"
-    )
-    parser.add_argument(
-        "--jacobian-penalty",
-        type=float,
-        metavar="R",
-        help="R/2 mean |df/dz|^2/n at the fixed points (default 0). Losses in the history hold all penalties; the final"
-        " losses and all metrics are of the data alone",
-    )
-    parser.add_argument("--chunk-size", type=int, metavar="N", help="samples worked on together (default by the data)")
-    parser.add_argument("--dtype", metavar="float32|float64", help="default float64")
-    parser.add_argument("--device", metavar="cpu|cuda", help="default cpu")
-    parser.add_argument(
-        "--on-failure",
-        metavar="POLICY",
-        help="samples without fixed point: raise (default), warn, mask (leave them out)",
-    )
-    for name, told in (
-        ("warm-start", "begin fixed points at the last ones"),
-        ("adaptive", "solve as progress asks for"),
-    ):
-        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{told} (default)")
-
-
-def _model_settings(text: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads("\n".join(text.split(",")))
-    except tomllib.TOMLDecodeError:
-        raise argparse.ArgumentTypeError(f"'{text}': give NAME=VALUE,... such as width=32,contraction=0.5") from None
-
-
-def with_options(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Return settings with what was typed on the command line over them, settings of the model one by one. Not collective."""
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
-    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    if "model_settings" in given:
-        given["model_settings"] = {**settings.get("model_settings", {}), **given["model_settings"]}
-    return {**settings, **given}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

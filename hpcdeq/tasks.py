@@ -16,7 +16,7 @@ from hpcdeq.data.shards import Shards
 from hpcdeq.errors import DataError, OptionError
 from hpcdeq.models import build_model, model_config
 from hpcdeq.models.blocks import OutputScale
-from hpcdeq.problem import L1, LOSSES, JacobianPenalty, TrainingProblem
+from hpcdeq.problem import L1, LOSSES, CrossEntropy, JacobianPenalty, TrainingProblem
 from hpcdeq.problem.terms import Term
 
 
@@ -78,6 +78,10 @@ def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tu
         )
     standardise(model, train, comm)
     loss = next(loss for loss in LOSSES.values() if loss.task == train.task)
+    if config.label_smoothing:
+        if not isinstance(loss, CrossEntropy):
+            raise OptionError("--label-smoothing is for classes, the data holds numbers: leave it out", agreed=True)
+        loss = CrossEntropy(config.label_smoothing)
     terms: list[Term] = [L1(config.l1)] if config.l1 else []
     terms += [JacobianPenalty(config.jacobian_penalty)] if config.jacobian_penalty else []
     problem = TrainingProblem(

@@ -14,16 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcdeq.commands import CommandParser
-from hpcdeq.config import (
-    EMBEDDED,
-    TrainConfig,
-    add_settings,
-    as_toml,
-    complete,
-    named_options,
-    read_config,
-    with_options,
-)
+from hpcdeq.config import EMBEDDED, TrainConfig, as_toml, complete, named_options, read_config
+from hpcdeq.config_options import add_settings, with_options
 from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, ConvergenceError, HpcdeqError
 from hpcdeq.methods import METHODS, MINIBATCH
 from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments

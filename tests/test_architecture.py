@@ -27,6 +27,7 @@ FLOORS = [
     {"tuning"},
     {"report"},
     {"config"},
+    {"config_options"},
     {"inference", "tasks"},
     {"train", "prepare", "doctor", "predict", "evaluate", "compare", "study", "campaign"},
 ]

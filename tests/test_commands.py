@@ -244,6 +244,7 @@ FULL = TrainConfig(
     learning_rate_floor=0.125,
     weight_decay=1e-300,
     l1=0.5,
+    label_smoothing=0.125,
     jacobian_penalty=0.75,
     seed=11,
     dtype="float32",

@@ -13,7 +13,7 @@ from hpcdeq import parallel
 from hpcdeq.data import TensorDataset
 from hpcdeq.deq import FixedPoint
 from hpcdeq.errors import ConvergenceError, DataError, HpcdeqError, OptionError, ShapeError
-from hpcdeq.problem import LOSSES, LeastSquares, TrainingProblem
+from hpcdeq.problem import LOSSES, CrossEntropy, LeastSquares, TrainingProblem
 
 TIGHT = {"snes_rtol": 1e-13, "snes_atol": 1e-14, "ksp_rtol": 1e-13}
 LOSS_NAMES = ["cross_entropy", "mse"]
@@ -262,6 +262,29 @@ def test_products_follow_the_point() -> None:
     moved = problem.gauss_newton_product(p + 0.1 * w, v)
     assert float((moved - before).norm()) > 1e-3
     assert_same(problem.gauss_newton_product(p, v), before, 1e-12)
+
+
+def test_smoothed_labels_are_learned_and_plain_ones_are_judged_by() -> None:
+    """Loss, gradient and curvature of (1 - ε) e_t + ε / c, against that formula; evaluations are of the labels themselves."""
+    inputs, targets = samples("cross_entropy")
+    problem = TrainingProblem(explicit_model(), (inputs, targets), CrossEntropy(0.3), parallel.SELF)
+    p = problem.initial()
+    layout = problem.layout
+    q = 0.7 * nn.functional.one_hot(targets, 3).double() + 0.1
+
+    def scores(flat: Tensor) -> Tensor:
+        pieces = [t.reshape(s) for t, s in zip(flat.split(layout.lengths), layout.shapes, strict=True)]
+        return functional_call(problem.model, dict(zip(layout.names, pieces, strict=True)), (inputs,))
+
+    def smoothed(flat: Tensor) -> Tensor:
+        return -(q * torch.log_softmax(scores(flat), 1)).sum() / len(inputs)
+
+    v, _ = directions(layout.count)
+    assert abs(problem.loss(p) - float(smoothed(p))) < 1e-14
+    assert_same(problem.gradient(p), jacrev(smoothed)(p), 1e-12)
+    assert_same(problem.hessian_product(p, v), hessian(smoothed)(p) @ v, 1e-11)
+    plain = nn.functional.cross_entropy(scores(p), targets)
+    assert abs(problem.evaluate(p, problem.dataset).loss - float(plain)) < 1e-14
 
 
 # ----------------------------------------------------------------------------------------------------- refusals

@@ -199,7 +199,7 @@ class LocalSums:
     def evaluation(self, p: Tensor, dataset: SampleSource) -> Sequence[float]:
         """Return the sums of the loss and of the metric's terms on a set; NaN where a fixed point was not found."""
         pieces = self.layout.unflatten(p)
-        sums = np.zeros(3)
+        sums, plain = np.zeros(3), self.loss_function.plain
         with torch.no_grad():
             for start in range(0, len(dataset), self.visits.chunk_size):
                 rows = slice(start, min(start + self.visits.chunk_size, len(dataset)))
@@ -209,11 +209,8 @@ class LocalSums:
                         outputs = self.network.outputs(pieces, inputs)
                 except ConvergenceError:
                     return [float("nan")] * 3
-                self.loss_function.check(outputs, targets)
-                sums += (
-                    float(self.loss_function.total(outputs, targets)),
-                    *self.loss_function.metric_terms(outputs, targets),
-                )
+                plain.check(outputs, targets)
+                sums += (float(plain.total(outputs, targets)), *plain.metric_terms(outputs, targets))
         return list(sums)
 
     def zeros(self) -> Tensor:

@@ -57,6 +57,11 @@ class Loss(ABC):
     def metric_value(self, numerator: float, denominator: float) -> float:
         """Return the metric from the sums. Not collective."""
 
+    @property
+    def plain(self) -> Loss:
+        """What models are judged by: the loss without what only training has."""
+        return self
+
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """Return r with ℓ = ½‖r‖² summed over samples, or None where ℓ is not a sum of squares. Not collective."""
         return None
@@ -67,12 +72,26 @@ class Loss(ABC):
 
 
 class CrossEntropy(Loss):
-    """Cross entropy of class scores (logits): ℓ = log Σⱼ exp yⱼ - y_t; L = diag(p) - p pᵀ with p = softmax(y)."""
+    """Cross entropy of class scores (logits): ℓ = log Σⱼ exp yⱼ - Σⱼ qⱼ yⱼ; L = diag(p) - p pᵀ with p = softmax(y).
+
+    Parameters
+    ----------
+    smoothing
+        Part ε of a label that is shared out evenly (Szegedy et al. 2016): q = (1 - ε) e_t + ε / c.
+    """
 
     name = "cross_entropy"
     task = "classification"
     metric = "accuracy"
     larger_is_better = True
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        self.smoothing = smoothing
+
+    @property
+    def plain(self) -> Loss:
+        """Cross entropy with the labels as they are."""
+        return CrossEntropy()
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         if targets.is_floating_point():
@@ -89,7 +108,7 @@ class CrossEntropy(Loss):
             )
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(outputs, targets, reduction="sum")
+        return functional.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.smoothing)
 
     def curvature(self, outputs: Tensor, targets: Tensor, tangent: Tensor) -> Tensor:
         p = torch.softmax(outputs, dim=1)

@@ -1,0 +1,113 @@
+"""The options of `hpcdeq.train` and `hpcdeq.compare` that decide a run whatever its optimizer and seed are."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from hpcdeq.commands import CommandParser
+from hpcdeq.config import TrainConfig
+from hpcdeq.methods import MINIBATCH, SCHEDULES
+
+
+def add_settings(parser: CommandParser) -> None:
+    """Add the options that decide a run whatever its optimizer and seed are. Not collective."""
+    parser.add_argument("--data", metavar="FILE.h5", help="dataset of hpcdeq.prepare (default: the embedded problem)")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="mlp, deeponet, fno, mlp_deq, deeponet_deq, fno_deq, monotone_deq, conv_deq, of graphs: graph_deq, graph_image_deq, "
+        "graph_unrolled, graph_image_unrolled, cgcnn (default: by the data)",
+    )
+    parser.add_argument(
+        "--model-settings",
+        type=_model_settings,
+        metavar="NAME=VALUE,...",
+        help="of the model, e.g. width=32,contraction=0.5 (a wrong name lists them)",
+    )
+    parser.add_argument("--max-iterations", type=int, metavar="N", help="steps; of adam, epochs (default 100)")
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="of the optimisation (default: no bound)")
+    minibatch = "of " + ", ".join(MINIBATCH)
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=f"{minibatch}, over all ranks (default 64); of trgn and lbfgs, the first iteration's (default all)",
+    )
+    parser.add_argument(
+        "--batch-growth",
+        type=float,
+        metavar="G",
+        help="of trgn and lbfgs: factor from an iteration to the next (default 1.1)",
+    )
+    parser.add_argument(
+        "--hessian-fraction", type=float, metavar="F", help="samples that curvature products are taken on (default 1)"
+    )
+    parser.add_argument(
+        "--curvature", metavar="KIND", help="gauss_newton or hessian, for tao:TYPE (default: hessian, brgn's its own)"
+    )
+    parser.add_argument("--learning-rate", type=float, metavar="R", help=f"{minibatch}: the largest (default 0.001)")
+    parser.add_argument("--schedule", metavar="|".join(SCHEDULES), help="of the learning rate (default cosine)")
+    parser.add_argument(
+        "--warmup",
+        type=float,
+        metavar="W",
+        help="learning rate rises over a fraction of the run, or steps if W >= 1 (default 0.05; constant: 0)",
+    )
+    parser.add_argument(
+        "--learning-rate-floor", type=float, metavar="F", help="fraction of the learning rate to end with (default 0)"
+    )
+    parser.add_argument(
+        "--weight-decay",
+        type=float,
+        metavar="R",
+        help="L2 penalty R/2 |weights|^2 (default 0); of adamw, its decay outside the loss (default 0.01)",
+    )
+    parser.add_argument(
+        "--l1", type=float, metavar="R", help="penalty R sum |weights|, smoothed within 0.001 of 0 (default 0)"
+    )
+    parser.add_argument(
+        "--label-smoothing",
+        type=float,
+        metavar="P",
+        help="part of every class label shared out over all classes (default 0)",
+    )
+    parser.add_argument(
+        "--jacobian-penalty",
+        type=float,
+        metavar="R",
+        help="R/2 mean |df/dz|^2/n at the fixed points (default 0). Losses in the history hold all penalties; the final"
+        " losses and all metrics are of the data alone",
+    )
+    parser.add_argument("--chunk-size", type=int, metavar="N", help="samples worked on together (default by the data)")
+    parser.add_argument("--dtype", metavar="float32|float64", help="default float64")
+    parser.add_argument("--device", metavar="cpu|cuda", help="default cpu")
+    parser.add_argument(
+        "--on-failure",
+        metavar="POLICY",
+        help="samples without fixed point: raise (default), warn, mask (leave them out)",
+    )
+    for name, told in (
+        ("warm-start", "begin fixed points at the last ones"),
+        ("adaptive", "solve as progress asks for"),
+    ):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{told} (default)")
+
+
+def _model_settings(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads("\n".join(text.split(",")))
+    except tomllib.TOMLDecodeError:
+        raise argparse.ArgumentTypeError(f"'{text}': give NAME=VALUE,... such as width=32,contraction=0.5") from None
+
+
+def with_options(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Return settings with what was typed on the command line over them, settings of the model one by one. Not collective."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    if "model_settings" in given:
+        given["model_settings"] = {**settings.get("model_settings", {}), **given["model_settings"]}
+    return {**settings, **given}
