@@ -2,13 +2,13 @@
 
     python scripts/bench_lbfgs.py --out lbfgs.csv
 
-Two networks (a perceptron and a DeepONet, about 18,000 weights each) learn Burgers' equation, initial condition to solution,
-on the training rows of 5,000 samples (those of scripts/study_pde.sh); float64, one thread, one rank, the last 20 steps
-remembered. Four ways take turns from the same weights: a plain loop of torch (module, closure, torch.optim.LBFGS with strong_wolfe in one call), the same
-optimiser through `minimize(..., "torch-lbfgs")`, TAO's as it is (`tao:lmvm`), and the preset `lbfgs` with its own settings.
-hpcdeq works in chunks of samples (``--chunk-size``), torch's loop on all at once. Seconds are of iterations after the first
-evaluation; line searches differ, so that both seconds an iteration and seconds an evaluation (loss and gradient over all
-samples) are told. Ratios are of turns next to each other; medians over the turns.
+Two networks (a perceptron and a DeepONet, about 18,000 weights each) learn Burgers' equation, initial condition to solution, on
+the training rows of 5,000 samples (those of scripts/study_pde.sh); float64, one thread, one rank, the last 20 steps remembered.
+Four ways take turns from the same weights: a plain loop of torch (module, closure, torch.optim.LBFGS with strong_wolfe in one
+call), the same optimiser through `minimize(..., "torch-lbfgs")`, TAO's as it is (`tao:lmvm`), and the preset `lbfgs` with its
+own settings. hpcdeq works in chunks of samples (``--chunk-size``), torch's loop on all at once. Seconds are of iterations after
+the first evaluation; line searches differ, so that both seconds an iteration and seconds an evaluation (loss and gradient over
+all samples) are told. Ratios are of turns next to each other; medians over the turns.
 """
 
 from __future__ import annotations
