@@ -76,6 +76,7 @@ def graph(atoms: int, seed: int) -> GraphBatch:
         torch.zeros(atoms, dtype=torch.int64),
         1,
         formal_charge=torch.randint(-1, 2, (atoms,), generator=random),
+        partial_charge=torch.randn(atoms, generator=random, dtype=torch.float64),
     )
 
 
@@ -90,6 +91,7 @@ def joined(graphs: list[GraphBatch]) -> GraphBatch:
         torch.cat([torch.full((len(g.atomic_number),), i) for i, g in enumerate(graphs)]),
         len(graphs),
         formal_charge=torch.cat([g.formal_charge for g in graphs]),
+        partial_charge=torch.cat([g.partial_charge for g in graphs]),
     )
 
 
@@ -105,6 +107,7 @@ def permuted(batch: GraphBatch, order: Tensor) -> GraphBatch:
         batch.node_graph[order],
         batch.num_graphs,
         formal_charge=batch.formal_charge[order],
+        partial_charge=batch.partial_charge[order],
     )
 
 
@@ -411,11 +414,11 @@ def test_lengths_of_dipoles_are_the_mean_over_conformers() -> None:
     source, target, edges = source[inside], target[inside], edges[inside]
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
 
-    def lengths(at: Tensor, *conformers: Tensor) -> Tensor:
+    def lengths(at: Tensor, *conformers: Tensor, **given: Tensor) -> Tensor:
         vector = at[source] - at[target]
         stacked = torch.stack(conformers, dim=1) if conformers else torch.zeros(5, 0, 3, dtype=torch.float64)
         numbers = torch.ones(5, dtype=torch.int64)
-        return pooling(h, edges, GraphBatch(numbers, source, target, vector, owner, 2, conformers=stacked))
+        return pooling(h, edges, GraphBatch(numbers, source, target, vector, owner, 2, conformers=stacked, **given))
 
     other = position + torch.randn(5, 3, dtype=torch.float64)
     plain, elsewhere = lengths(position), lengths(other)
@@ -423,6 +426,12 @@ def test_lengths_of_dipoles_are_the_mean_over_conformers() -> None:
     torch.testing.assert_close(lengths(position, position), plain)
     torch.testing.assert_close(lengths(position, position @ turn, position + 7.0), plain)
     torch.testing.assert_close(lengths(position, position, other), 0.5 * (plain + elsewhere))
+    charges = torch.tensor([0.5, -0.75, 0.25, 1.0, -1.0], dtype=torch.float64)
+    torch.nn.init.zeros_(pooling.transfer.weight)
+    moment = torch.stack([charges[:3] @ position[:3], charges[3:] @ position[3:]]).norm(dim=1)
+    torch.testing.assert_close(
+        lengths(position, position, partial_charge=charges), moment[:, None].expand(2, 4), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", GRAPHS)

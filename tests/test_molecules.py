@@ -110,9 +110,17 @@ def test_every_atom_knows_its_places_in_all_conformers(tmp_path: Path) -> None:
     assert np.ptp(length[graph.edge_bond > 0], axis=1).max() < 0.02 and np.ptp(length, axis=1).max() > 0.5
     assert np.abs(graph.conformers.mean(axis=0)).max() < 1e-5
     alone = of_smiles("CCCC", tmp_path, MoleculeSettings(geometry="conformers"))
-    assert alone.conformers.shape == (14, 0, 3) and np.allclose(alone.edge_vector, graph.edge_vector)
+    assert alone.conformers.shape == (14, 1, 3) and np.allclose(alone.edge_vector, graph.edge_vector)
     cage = of_smiles("OC1C2CC11CCC1C2", tmp_path, MoleculeSettings(geometry="conformers", conformers=3))
     assert cage.conformers.shape == (21, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("smiles", "charges"), [("O", [-0.86, 0.43, 0.43]), ("c1ccccc1", [-0.15] * 6 + [0.15] * 6), ("[He]", [0.0])]
+)
+def test_partial_charges_are_those_of_mmff94(smiles: str, charges: list[float], tmp_path: Path) -> None:
+    """Water's and benzene's, as published (Halgren 1996); none of helium, which has no parameters."""
+    assert np.allclose(of_smiles(smiles, tmp_path).partial_charge, charges, atol=1e-6)
 
 
 def test_conformers_reach_the_model(tmp_path: Path) -> None:
@@ -126,7 +134,9 @@ def test_conformers_reach_the_model(tmp_path: Path) -> None:
     assert isinstance(rows.inputs, GraphArrays)
     for place, name in enumerate(rows.ids):
         alone = of_smiles(f"CC{'C' * int(name)}O", tmp_path, settings)
-        assert np.array_equal(rows.inputs.take(np.array([place])).conformers, alone.conformers)
+        found = rows.inputs.take(np.array([place]))
+        assert np.array_equal(found.conformers, alone.conformers)
+        assert np.array_equal(found.partial_charge, alone.partial_charge) and alone.partial_charge.any()
     batch = graph_batch(rows.inputs, np.array([4, 1]))
     assert batch.conformers.shape == (len(batch.atomic_number), 2, 3) and batch.conformers.dtype == torch.float64
     with DatasetWriter(tmp_path / "n.h5", replace(shards.schema, conformers=3)) as writer:

@@ -38,8 +38,8 @@ class MoleculeSettings:
         ``source``: coordinates of the source, where it has them. ``conformers``: and ETKDG's where it has none. ``none``:
         bonds alone, without lengths.
     conformers
-        ETKDG conformers that the atoms know of; edges are those of the first. Of a SMILES without stereochemistry each is of
-        an isomer of its own.
+        ETKDG conformers that the atoms have places in; edges are those of the first. Of a SMILES without stereochemistry each is
+        of an isomer of its own.
     radius
         Å: with coordinates, pairs of atoms up to this distance are edges as well as bonds.
     group
@@ -66,6 +66,11 @@ class MoleculeSettings:
             raise OptionError(f"--conformers {self.conformers}: 1, or more with --geometry {CONFORMERS}")
         if not self.radius > 0:
             raise OptionError(f"--radius {self.radius}: a length in angstrom")
+
+    @property
+    def places(self) -> int:
+        """Positions of every atom; zeros where a source has no coordinates."""
+        return 0 if self.geometry == NONE else self.conformers
 
 
 def build_molecules(rows: list[MoleculeRow], settings: MoleculeSettings, labels: Labelling | None) -> Built:
@@ -276,8 +281,18 @@ def graph_of(molecule: Mol, settings: MoleculeSettings) -> GraphArrays:
         vector,
         bond[target, source],
         np.array([atom.GetFormalCharge() for atom in molecule.GetAtoms()], np.int8),
-        _centred(positions if positions is not None and settings.conformers > 1 else np.zeros((0, atoms, 3))),
+        _partial_charges(molecule),
+        _centred(np.zeros((settings.places, atoms, 3)) if positions is None else positions),
     )
+
+
+def _partial_charges(molecule: Mol) -> np.ndarray:
+    """Return ``(n,)`` charges of MMFF94 (Halgren 1996), or zeros where it does not know the atoms and their bonds."""
+    from rdkit.Chem import rdForceFieldHelpers
+
+    found = rdForceFieldHelpers.MMFFGetMoleculeProperties(molecule)
+    charges = [0.0 if found is None else found.GetMMFFPartialCharge(k) for k in range(molecule.GetNumAtoms())]
+    return np.array(charges, NODE_FIELDS["partial_charge"])
 
 
 def _positions(molecule: Mol, settings: MoleculeSettings) -> np.ndarray | None:

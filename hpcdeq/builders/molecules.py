@@ -18,8 +18,7 @@ DIPOLE = Labelling("mu", (2.5,), ("weakly polar", "strongly polar"), "debye")
 
 def molecule_recipe(settings: MoleculeSettings) -> Recipe:
     """Return the recipe of graphs of molecules. Not collective."""
-    conformers = settings.conformers if settings.conformers > 1 else 0
-    return Recipe("molecules", source_rows, build_molecules, settings, ("rdkit",), conformers)
+    return Recipe("molecules", source_rows, build_molecules, settings, ("rdkit",), settings.places)
 
 
 def prepare_molecules(

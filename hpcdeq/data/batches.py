@@ -36,6 +36,8 @@ class GraphBatch:
         ``(E,)`` int64, numbers in `hpcdeq.data.graphs.BONDS`; zeros unless given.
     formal_charge
         ``(n,)`` int64; zeros unless given.
+    partial_charge
+        ``(n,)`` elementary charges; zeros unless given.
     conformers
         ``(n, C, 3)`` Å, positions in C conformers; C = 0 unless given.
     degree
@@ -50,6 +52,7 @@ class GraphBatch:
     num_graphs: int
     edge_bond: torch.Tensor = NONE
     formal_charge: torch.Tensor = NONE
+    partial_charge: torch.Tensor = NONE
     conformers: torch.Tensor = NONE
     degree: int = 0
 
@@ -59,6 +62,8 @@ class GraphBatch:
             object.__setattr__(self, "edge_bond", torch.zeros_like(self.edge_source))
         if self.formal_charge is NONE:
             object.__setattr__(self, "formal_charge", torch.zeros_like(self.atomic_number))
+        if self.partial_charge is NONE:
+            object.__setattr__(self, "partial_charge", self.edge_vector.new_zeros(len(self.atomic_number)))
         if self.conformers is NONE:
             object.__setattr__(self, "conformers", self.edge_vector.new_zeros(len(self.atomic_number), 0, 3))
 
@@ -85,6 +90,7 @@ class GraphBatch:
             self.num_graphs,
             self.edge_bond.to(device=device),
             self.formal_charge.to(device=device),
+            self.partial_charge.to(device=device, dtype=dtype),
             self.conformers.to(device=device, dtype=dtype),
             self.degree,
         )
@@ -156,6 +162,7 @@ def graph_batch(graphs: GraphArrays, rows: RowsLike, dtype: torch.dtype = torch.
         len(picked),
         torch.from_numpy(picked.edge_bond.astype(np.int64)),
         torch.from_numpy(picked.formal_charge.astype(np.int64)),
+        torch.from_numpy(picked.partial_charge).to(dtype),
         torch.from_numpy(picked.conformers).to(dtype),
         _degree(target, len(picked.atomic_number)),
     )
@@ -188,6 +195,7 @@ def graph_arrays(batch: GraphBatch) -> GraphArrays:
         batch.edge_vector.detach().cpu().numpy()[order],
         batch.edge_bond.cpu().numpy()[order],
         batch.formal_charge.cpu().numpy(),
+        batch.partial_charge.detach().cpu().numpy(),
         batch.conformers.detach().cpu().numpy(),
     )
 

@@ -13,7 +13,12 @@ Rows = slice | np.ndarray
 NONE = np.zeros(0)  # not given
 # What stands in a file and in memory with one row a node or an edge, and of which type; bonds and charges are zero where
 # a file has none, and there are no conformers.
-NODE_FIELDS = {"atomic_number": np.uint8, "formal_charge": np.int8, "conformers": np.float32}
+NODE_FIELDS = {
+    "atomic_number": np.uint8,
+    "formal_charge": np.int8,
+    "partial_charge": np.float32,
+    "conformers": np.float32,
+}
 EDGE_FIELDS = {"edge_source": np.int32, "edge_target": np.int32, "edge_vector": np.float64, "edge_bond": np.uint8}
 BONDS = ("none", "single", "double", "triple", "aromatic")  # edge_bond by number
 
@@ -39,6 +44,8 @@ class GraphArrays:
         ``(E,)`` integers, numbers in `BONDS`; by default zeros.
     formal_charge
         ``(n,)`` integers, elementary charges: of a molecule's atoms, or likely oxidation states; by default zeros.
+    partial_charge
+        ``(n,)`` elementary charges, of a force field; by default zeros.
     conformers
         ``(n, C, 3)`` Å, positions in C conformers of a molecule, each about its centre; by default C = 0. Edges are those of
         the first.
@@ -52,14 +59,16 @@ class GraphArrays:
     edge_vector: np.ndarray
     edge_bond: np.ndarray = field(default_factory=lambda: NONE)
     formal_charge: np.ndarray = field(default_factory=lambda: NONE)
+    partial_charge: np.ndarray = field(default_factory=lambda: NONE)
     conformers: np.ndarray = field(default_factory=lambda: NONE)
 
     def __post_init__(self) -> None:
         """Fill in zeros for what is not given."""
         if self.edge_bond is NONE:
             object.__setattr__(self, "edge_bond", np.zeros(len(self.edge_source), EDGE_FIELDS["edge_bond"]))
-        if self.formal_charge is NONE:
-            object.__setattr__(self, "formal_charge", np.zeros(len(self.atomic_number), NODE_FIELDS["formal_charge"]))
+        for name in ("formal_charge", "partial_charge"):
+            if getattr(self, name) is NONE:
+                object.__setattr__(self, name, np.zeros(len(self.atomic_number), NODE_FIELDS[name]))
         if self.conformers is NONE:
             object.__setattr__(self, "conformers", np.zeros((len(self.atomic_number), 0, 3), NODE_FIELDS["conformers"]))
 
@@ -160,6 +169,7 @@ def join_nodes(
         np.concatenate([graph.edge_vector, vector]),
         np.concatenate([graph.edge_bond, np.zeros(len(source), graph.edge_bond.dtype)]),
         np.concatenate([graph.formal_charge, np.zeros(len(atomic_number), graph.formal_charge.dtype)]),
+        np.concatenate([graph.partial_charge, np.zeros(len(atomic_number), graph.partial_charge.dtype)]),
     )
 
 

@@ -155,7 +155,9 @@ def check_rows(source: object, schema: Schema, rows: SampleRows, numbers: np.nda
     unknown = graphs.edge_bond >= len(BONDS)
     _refuse(source, "/graph/edge_bond", unknown, graphs.edge_bond, edge_row, f"not 0 to {len(BONDS) - 1}")
     _refuse(source, "/graph/edge_vector", ~np.isfinite(graphs.edge_vector), graphs.edge_vector, edge_row, "not finite")
-    _refuse(source, "/graph/conformers", ~np.isfinite(graphs.conformers), graphs.conformers, node_row, "not finite")
+    for name in ("partial_charge", "conformers"):
+        values = getattr(graphs, name)
+        _refuse(source, f"/graph/{name}", ~np.isfinite(values), values, node_row, "not finite")
 
 
 def _refuse(source: object, name: str, wrong: np.ndarray, values: np.ndarray, rows: np.ndarray, reason: str) -> None:

@@ -219,9 +219,10 @@ def _check_datasets(path: Path, file: h5py.File, schema: Schema) -> None:
     _check_shape(path, file, "/graph/edge_target", "iu", (edges,))
     _check_shape(path, file, "/graph/edge_vector", "f", (edges, 3))
     # Files of structures alone may lack what only molecules have.
-    for name, rows in (("/graph/edge_bond", edges), ("/graph/formal_charge", nodes)):
-        if name in file:
-            _check_shape(path, file, name, "iu", (rows,))
+    optional = (("edge_bond", "iu", edges), ("formal_charge", "iu", nodes), ("partial_charge", "f", nodes))
+    for name, kinds, rows in optional:
+        if f"/graph/{name}" in file:
+            _check_shape(path, file, f"/graph/{name}", kinds, (rows,))
     if CONFORMERS in file:
         _check_shape(path, file, CONFORMERS, "f", (nodes, schema.conformers, 3))
 

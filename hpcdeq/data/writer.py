@@ -204,6 +204,7 @@ class DatasetWriter:
         units = {
             "atomic_number": "protons; 0: the centre of a void",
             "formal_charge": "elementary charges",
+            "partial_charge": "elementary charges",
             "conformers": "angstrom",
             "edge_source": f"the neighbour: {own}",
             "edge_target": f"the atom whose neighbour it is: {own}",

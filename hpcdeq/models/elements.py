@@ -79,7 +79,8 @@ def _tabulated(element: Any, name: str, *, logarithm: bool) -> float:
 
 
 class ElementEmbedding(nn.Module):
-    """A learned vector for each element, plus a linear map of its tabulated features, plus a vector for each formal charge.
+    """A vector of each atom: one learned for its element, one for its formal charge, and linear maps of tabulated features of the
+    element and of the atom's partial charge.
 
     The features tell a model of elements that it has seldom or never seen what they resemble.
 
@@ -98,6 +99,7 @@ class ElementEmbedding(nn.Module):
         self.own = nn.Embedding(len(table), width)
         self.tabulated = nn.Linear(table.shape[1], width)
         self.charge = nn.Embedding(2 * HIGHEST + 1, width)
+        self.partial = nn.Linear(1, width, bias=False)
         with torch.no_grad():
             self.own.weight.mul_(0.5)
             self.charge.weight.mul_(0.1)
@@ -106,4 +108,5 @@ class ElementEmbedding(nn.Module):
         """Return ``(n, width)`` for the nodes of a batch."""
         number = batch.atomic_number
         charge = batch.formal_charge.clamp(-HIGHEST, HIGHEST) + HIGHEST
-        return self.own(number) + self.tabulated(self.table.index_select(0, number)) + self.charge(charge)
+        atoms: Tensor = self.own(number) + self.tabulated(self.table.index_select(0, number)) + self.charge(charge)
+        return atoms + self.partial(batch.partial_charge[:, None])

@@ -143,12 +143,13 @@ class Pooling(nn.Module):
 
 
 class DipolePooling(nn.Module):
-    """Lengths of vectors, one a channel, that a graph's atoms add up to: |Σ t(hᵢ, hⱼ, eᵢⱼ) rᵢⱼ|.
+    """Lengths of vectors, one a channel, that a graph's atoms add up to: |Σ qᵢ xᵢ|.
 
-    With t the charge that goes from i to j, the sum over all pairs is the dipole moment: what a molecule's polarity is made
-    of, and no pooling of numbers can find. It does not change when the molecule is turned or moved, and it grows with the
-    molecule; of a periodic structure it grows with the cell, which is no property of the structure. Where atoms know of several
-    conformers, the lengths are the mean over these: charges are those of the first, dipole moments each one's own.
+    qᵢ is an atom's partial charge and what comes and goes along its edges, Σⱼ t(hⱼ, hᵢ, eⱼᵢ) - t(hᵢ, hⱼ, eᵢⱼ), so that the sum is a
+    dipole moment: what a molecule's polarity is made of, and no pooling of numbers can find. It does not change when a molecule
+    without charge is turned or moved, and it grows with the molecule. Lengths are the mean over conformers: charges are those
+    of the first, places each one's own. Where atoms have no places but edges have vectors, |Σ t(hᵢ, hⱼ, eᵢⱼ) rᵢⱼ|; of a
+    periodic structure that grows with the cell, which is no property of the structure.
 
     Parameters
     ----------
@@ -171,8 +172,8 @@ class DipolePooling(nn.Module):
         mixed = mixed + at_targets(self.own(h), batch.edge_target, batch.degree)
         transfer = self.transfer(silu(mixed))
         if batch.conformers.shape[1]:
-            charge = transfer.new_zeros(len(h), transfer.shape[1]).index_add(0, batch.edge_source, transfer)
-            charge = charge.index_add(0, batch.edge_target, -transfer)
+            charge = batch.partial_charge[:, None].expand(-1, transfer.shape[1])
+            charge = charge.index_add(0, batch.edge_source, transfer).index_add(0, batch.edge_target, -transfer)
             moment, graph = charge[:, None, :, None] * batch.conformers[:, :, None], batch.node_graph
         else:
             moment = (transfer[:, :, None] * batch.edge_vector[:, None])[:, None]
