@@ -124,9 +124,9 @@ def test_phases_make_up_the_time_of_a_run(method: str, comm: parallel.Comm, monk
     problem = distributed(deq_model(), "mse", comm, weight_decay=0.01)
     times: dict[str, float] = {}
 
-    def noting(name: str, call: Callable[[], None]) -> None:
+    def noting(name: str, call: Callable[..., None], **options: bool) -> None:
         times[name] = time.perf_counter()
-        call()
+        call(**options)
 
     for name in ("begin", "end"):
         monkeypatch.setattr(problem, name, partial(noting, name, getattr(problem, name)))

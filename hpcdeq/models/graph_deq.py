@@ -84,7 +84,7 @@ class Injection:
     node_graph: Tensor
     own: Tensor
     message: Tensor
-    degree: int
+    degree: int = 0
 
 
 class MessageCell(nn.Module):
