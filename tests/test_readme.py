@@ -24,7 +24,15 @@ def test_the_python_example_runs(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_options_that_it_names_exist(run: Run) -> None:
-    commands = (["train"], ["compare"], ["prepare", "crystals"], ["prepare", "burgers"], ["study", "crossover"])
+    kinds = ("crystals", "frameworks", "molecules", "images", "burgers")
+    commands = (
+        ["train"],
+        ["compare"],
+        ["predict"],
+        ["evaluate"],
+        ["study", "crossover"],
+        *(["prepare", k] for k in kinds),
+    )
     known = "".join(run("-m", f"hpcdeq.{name}", *kind, "--help").stdout for name, *kind in commands)
     known += "".join((ROOT / "scripts" / f"bench_{name}.py").read_text() for name in ("solves", "lbfgs"))
     for option in sorted(set(re.findall(r"--[a-z][a-z-]+", README))):
