@@ -139,9 +139,8 @@ class DatasetWriter:
             nodes, edges = file["/graph/atomic_number"].shape[0], file["/graph/edge_source"].shape[0]
             self._extend("/graph/node_offset", graphs.node_offset[1:] + nodes)
             self._extend("/graph/edge_offset", graphs.edge_offset[1:] + edges)
-            for name in (*NODE_FIELDS, *EDGE_FIELDS):
-                if name != "conformers" or self.schema.conformers:
-                    self._extend(f"/graph/{name}", getattr(graphs, name))
+            for name in self._graph_fields():
+                self._extend(f"/graph/{name}", getattr(graphs, name))
         self.count += number
 
     def _open(self) -> h5py.File:
@@ -212,11 +211,15 @@ class DatasetWriter:
             "edge_bond": ", ".join(f"{number} {name}" for number, name in enumerate(BONDS)),
         }
         shapes = {"edge_vector": (3,), "conformers": (schema.conformers, 3)}
-        for name, kind in (NODE_FIELDS | EDGE_FIELDS).items():
-            if name != "conformers" or schema.conformers:
-                self._create(f"/graph/{name}", kind, shapes.get(name, ()), units=units[name])
+        for name, kind in self._graph_fields().items():
+            self._create(f"/graph/{name}", kind, shapes.get(name, ()), units=units[name])
         for name in ("/graph/node_offset", "/graph/edge_offset"):
             self._extend(name, np.zeros(1, np.int64))
+
+    def _graph_fields(self) -> dict[str, Any]:
+        """Return the datasets of nodes and edges that the file has, with their types."""
+        fields = NODE_FIELDS | EDGE_FIELDS
+        return {name: kind for name, kind in fields.items() if name != "conformers" or self.schema.conformers}
 
     def _create(self, name: str, kind: Any, shape: tuple[int, ...] = (), units: str = "") -> None:
         row_bytes = 8 * max(int(np.prod(shape)), 1)
