@@ -63,7 +63,7 @@ class MoleculeSettings:
         if self.geometry not in GEOMETRIES:
             raise OptionError(f"--geometry {self.geometry}: choose one of {', '.join(GEOMETRIES)}")
         if self.conformers < 1 or (self.conformers > 1 and self.geometry != CONFORMERS):
-            raise OptionError(f"--conformers {self.conformers}: 1, or more with --geometry {CONFORMERS}")
+            raise OptionError(f"--conformers {self.conformers}: give 1, or more together with --geometry {CONFORMERS}")
         if not self.radius > 0:
             raise OptionError(f"--radius {self.radius}: a length in angstrom")
 
