@@ -63,6 +63,9 @@ class TrainConfig:
         ``gauss_newton`` or ``hessian``, for ``tao:TYPE``; None: the method's own.
     schedule, warmup, learning_rate_floor
         How their learning rate changes, as in `hpcdeq.methods.Schedule`; None: its defaults.
+    average
+        Of the methods on minibatches: memory of a running average of the weights, which then are the result; see
+        `hpcdeq.optim.stochastic.MinibatchSettings`. None: there is none.
     weight_decay
         λ of the term λ/2 ‖p‖² of the loss; for adamw its decay, which is no part of the loss. None: 0, for adamw 0.01.
     l1
@@ -103,6 +106,7 @@ class TrainConfig:
     schedule: str | None = None
     warmup: float | None = None
     learning_rate_floor: float | None = None
+    average: float | None = None
     weight_decay: float | None = None
     l1: float = 0.0
     label_smoothing: float = 0.0
@@ -139,6 +143,8 @@ class TrainConfig:
         for name in ("l1", "jacobian_penalty"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise OptionError(f"{name} is {getattr(self, name)}: give a finite number that is not negative")
+        if self.average is not None and not 0 < self.average < 1:
+            raise OptionError(f"average is {self.average}: give a number between 0 and 1, such as 0.998")
         if not 0 <= self.label_smoothing < 1:
             raise OptionError(f"label_smoothing is {self.label_smoothing}: give a number from 0 to below 1")
         self.learning_rates()
@@ -157,7 +163,7 @@ class TrainConfig:
         if self.curvature not in (None, "gauss_newton", "hessian"):
             raise OptionError(f"curvature is {self.curvature!r}: choose gauss_newton or hessian")
         if self.optimizer not in MINIBATCH:
-            for name in ("batch_size", "learning_rate", "schedule", "warmup", "learning_rate_floor"):
+            for name in ("batch_size", "learning_rate", "schedule", "warmup", "learning_rate_floor", "average"):
                 if name == "batch_size" and self.optimizer in GROWING:
                     continue
                 if getattr(self, name) is not None:

@@ -61,6 +61,12 @@ def add_settings(parser: CommandParser) -> None:
         "--learning-rate-floor", type=float, metavar="F", help="fraction of the learning rate to end with (default 0)"
     )
     parser.add_argument(
+        "--average",
+        type=float,
+        metavar="B",
+        help=f"{minibatch}: memory of a running average of the weights, which is then the result, e.g. 0.998 (default: none)",
+    )
+    parser.add_argument(
         "--weight-decay",
         type=float,
         metavar="R",

@@ -216,8 +216,10 @@ class Training:
             f"-{k} {v}" for k, v in {**resolved_options(self.config.optimizer), **self.config.petsc}.items()
         )
         if self.config.optimizer in MINIBATCH:
-            names = ("learning_rate", "schedule", "warmup", "learning_rate_floor", "batch_size")
-            preset = " ".join(f"--{k.replace('_', '-')} {getattr(self.config, k)}" for k in names) + f" {preset}"
+            names = ("learning_rate", "schedule", "warmup", "learning_rate_floor", "average", "batch_size")
+            given = {name: getattr(self.config, name) for name in names}
+            told = [f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None]
+            preset = " ".join([*told, preset])
         return (
             f"data       {self.config.data}: {self.sets['train'].task}, {counts}\n"
             f"model      {self.config.model}, {self.problem.layout.count} weights, {self.config.dtype}\n"
@@ -231,7 +233,7 @@ class Training:
         config = self.config
         if config.optimizer not in MINIBATCH:
             return None
-        given = {name: getattr(config, name) for name in ("learning_rate", "batch_size", "weight_decay")}
+        given = {name: getattr(config, name) for name in ("learning_rate", "batch_size", "weight_decay", "average")}
         given = {name: value for name, value in given.items() if value is not None}
         return MinibatchSettings(seed=config.seed, schedule=config.learning_rates(), **given)
 

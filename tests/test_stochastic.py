@@ -75,6 +75,39 @@ def test_updates_are_torchs(method: str, decay: float, loss: str, comm: parallel
     assert result.counts.gradients == BATCH + 4 * 11  # a look at the first batch, then every sample once an epoch
 
 
+@pytest.mark.parallel([1, 2, 3])
+def test_iterates_are_the_running_average_of_the_weights(comm: parallel.Comm) -> None:
+    memory = 0.75
+    seen: dict[str, list[Tensor]] = {"plain": [], "averaged": []}
+    for name, average in (("plain", None), ("averaged", memory)):
+        # One step an epoch, so that every step's weights are seen.
+        settings = MinibatchSettings(RATE, None, schedule=PLAIN, average=average)
+        problem = distributed(explicit_model(), "mse", comm)
+        result = minimize(problem, "adam", 40, minibatch=settings, callback=lambda i, n=name: seen[n].append(i.x))
+        assert torch.equal(result.x, seen[name][-1])
+    mean = seen["plain"][0]
+    for step, x in enumerate(seen["plain"][1:], start=1):
+        mean = mean + (x - mean) * (1 - min(memory, step / (step + 9)))
+        torch.testing.assert_close(seen["averaged"][step], mean, rtol=0, atol=1e-12)
+
+
+def test_what_is_random_in_training_is_not_so_in_evaluations() -> None:
+    inputs, targets = samples("cross_entropy")
+    model = nn.Sequential(nn.Linear(inputs.shape[1], 64), nn.Dropout(0.5), nn.Linear(64, 3)).double()
+    problem = TrainingProblem(model, (inputs, targets), "cross_entropy", parallel.SELF)
+    p = problem.initial()
+    first, second = (problem.evaluate(p, problem.dataset) for _ in range(2))
+    assert first == second and problem.loss(p) != problem.loss(p)
+    model.eval()
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(model(inputs), targets)
+    model.train()
+    assert first.loss == pytest.approx(float(expected), rel=1e-12)
+    assert model[1].training  # as before
+    runs = [minimize(problem, "adam", 3, minibatch=MinibatchSettings(RATE, BATCH, seed=s)).x for s in (0, 0, 1)]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
 def test_adamw_has_torchs_default_decay() -> None:
     model = explicit_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
@@ -271,6 +304,7 @@ def test_settings_out_of_range() -> None:
         ({"weight_decay": -1.0}, "weight decay -1.0"),
         ({"beta2": 1.0}, "beta2 is 1.0"),
         ({"epsilon": 0.0}, "epsilon is 0.0"),
+        ({"average": 1.0}, "average is 1.0: give a number between 0 and 1"),
     ):
         with pytest.raises(OptionError, match=told):
             MinibatchSettings(**wrong)
@@ -454,6 +488,8 @@ def test_an_infinite_learning_rate_ends_with_code_two(run: Run, two_of_three: Pa
         ("adam --schedule linear", "schedule is 'linear': choose constant or cosine"),
         ("rmsprop --warmup -1", "warmup is -1.0"),
         ("adam --learning-rate-floor 2", "floor is 2.0"),
+        ("adamw --average 0", "average is 0.0: give a number between 0 and 1"),
+        ("lbfgs --average 0.9", "--average is an option of adam, adamw, rmsprop; lbfgs works on all"),
         ("lbfgs --schedule cosine", "--schedule is an option of adam, adamw, rmsprop; lbfgs works on all"),
         ("torch-lbfgs --warmup 0.1", "--warmup is an option of adam, adamw, rmsprop; torch-lbfgs works on all"),
         ("trgn --learning-rate-floor 0.1", "--learning-rate-floor is an option of adam, adamw, rmsprop"),

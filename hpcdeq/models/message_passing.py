@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 
 from hpcdeq.data import GraphBatch
 from hpcdeq.data.graphs import BONDS
+from hpcdeq.errors import OptionError
 from hpcdeq.models.blocks import OutputScale, RadialBasis
 
 NONE_ALLOWED = {"least": 0}
@@ -198,6 +199,9 @@ class GraphConfig:
         Vectors that the atoms add up to, whose lengths join what is pooled: for molecules with coordinates.
     head
         Units of the hidden layer after pooling.
+    dropout
+        Part of what was pooled that is left out at random in training (Srivastava et al. 2014); only for methods on
+        minibatches.
     """
 
     width: int = 64
@@ -205,6 +209,12 @@ class GraphConfig:
     cutoff: float = 6.0
     dipole: int = field(default=0, metadata=NONE_ALLOWED)
     head: int = 128
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a dropout out of range."""
+        if not 0 <= self.dropout < 1:
+            raise OptionError(f"dropout is {self.dropout}: give a number from 0 to below 1")
 
 
 class Head(nn.Module):
@@ -248,6 +258,7 @@ class Readout(nn.Module):
         super().__init__()
         self.pooling = Pooling(width)
         self.dipole = DipolePooling(width, edge_width, config.dipole) if config.dipole else None
+        self.dropout = nn.Dropout(config.dropout)
         self.head = Head(2 * width + config.dipole, config.head, output_size)
 
     def forward(self, h: Tensor, edges: Tensor, batch: GraphBatch) -> Tensor:
@@ -255,5 +266,5 @@ class Readout(nn.Module):
         pooled = self.pooling(h, batch)
         if self.dipole is not None:
             pooled = torch.cat([pooled, self.dipole(h, edges, batch)], dim=1)
-        scores: Tensor = self.head(pooled)
+        scores: Tensor = self.head(self.dropout(pooled))
         return scores

@@ -48,6 +48,10 @@ class MinibatchSettings:
         Memory of the second moment of rmsprop (Hinton's lecture 6e, 2012).
     epsilon
         Added to the root of the second moment.
+    average
+        Memory β of an exponential average of the weights, x̄ ← β x̄ + (1 - β) x after each step (Polyak and Juditsky 1992, with
+        the weights of Tarvainen and Valpola 2017, arXiv 1703.01780), shorter in the first steps; None: there is none. With
+        it the iterates, and so the result, are the average: it lies nearer to a minimum than steps on minibatches go.
     """
 
     learning_rate: float = LEARNING_RATE
@@ -59,6 +63,7 @@ class MinibatchSettings:
     beta2: float = 0.999
     alpha: float = 0.99
     epsilon: float = 1e-8
+    average: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < math.inf:
@@ -72,6 +77,8 @@ class MinibatchSettings:
                 raise OptionError(f"{name} is {getattr(self, name)}: give a number from 0 to below 1")
         if not 0 < self.epsilon < math.inf:
             raise OptionError(f"epsilon is {self.epsilon}: give a finite number above 0")
+        if self.average is not None and not 0 < self.average < 1:
+            raise OptionError(f"average is {self.average}: give a number between 0 and 1, such as 0.998")
 
 
 class _Update(Protocol):
@@ -144,6 +151,18 @@ class _RootMeanSquare:
         )
 
 
+class _Average:
+    """An exponential average of a block of the weights; see `MinibatchSettings.average`."""
+
+    def __init__(self, block: Tensor, memory: float) -> None:
+        self.block = block.clone()
+        self._memory = memory
+
+    def follow(self, block: Tensor, steps: int) -> None:
+        """Take the weights after so many steps into the average. Not collective."""
+        self.block.lerp_(block, 1.0 - min(self._memory, steps / (steps + 9.0)))
+
+
 # torch's functions and not its classes: what `torch.optim.Optimizer` does around them takes longer than an update of the
 # weights of a small network, and the first one of a process imports torch's compiler, which takes seconds.
 _UPDATES: dict[str, type[_Update]] = dict(zip(MINIBATCH, (_Moments, _Moments, _RootMeanSquare), strict=True))
@@ -181,6 +200,9 @@ class MinibatchRun:
         The result is then at the end of the last epoch whose loss over all samples is finite.
         """
         problem = self.problem
+        if problem.randomness() is not None:  # other numbers on each rank, the same ones in every run
+            seeds = np.random.SeedSequence([self.settings.seed, problem.comm.rank])
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
         # A pass over all samples takes as long as an epoch: what is told of the beginning is what the first batch says.
         loss, gradient = problem.loss_and_gradient(x0, self._order(1)[: self.batch_size])
         if not np.isfinite(loss):
@@ -188,6 +210,8 @@ class MinibatchRun:
         self.recorder.emit(0, x0, loss, float(gradient.norm()), None)
         self._block = x0[problem.layout.owned].detach().to("cpu", copy=True)
         self._update: _Update = _UPDATES[self.method](self.method, self._block, self.settings)
+        average = self.settings.average
+        self._average = None if average is None else _Average(self._block, average)
         self._total = max_iterations * math.ceil(problem.dataset.count / self.batch_size)
         self._x = self._x0 = x0
         for epoch in range(1, max_iterations + 1):
@@ -224,7 +248,7 @@ class MinibatchRun:
         norm = (self.problem.sum_of_blocks(np.array([squares])) / len(losses)) ** 0.5
         if not math.isfinite(norm):
             return self._diverged(epoch, f"has a gradient of norm {norm}")
-        self.recorder.emit(epoch, self._x, sum(losses) / len(losses), norm, None)
+        self.recorder.emit(epoch, self._iterate(), sum(losses) / len(losses), norm, None)
         return self._out_of_time() if spent >= 1 else None
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -235,10 +259,18 @@ class MinibatchRun:
         self._rate = self.settings.learning_rate * self.settings.schedule.factor(self._steps, self._total, spent)
         self._update.step(torch.from_numpy(gradient).to(self._block.dtype), self._rate)
         self._steps += 1
-        if self.problem.comm.size > 1 or self._x.device != self._block.device:
-            self._x = self.problem.layout.gather(self._block.double().numpy()).to(self._x)
-        else:
-            self._x = self._block  # a copy a step takes as long as the update
+        if self._average is not None:
+            self._average.follow(self._block, self._steps)
+        self._x = self._whole(self._block)
+
+    def _whole(self, block: Tensor) -> Tensor:
+        """Return the weights that the ranks hold a block of each."""
+        if self.problem.comm.size > 1 or self._x.device != block.device:
+            return self.problem.layout.gather(block.double().numpy()).to(self._x)
+        return block  # a copy a step takes as long as the update
+
+    def _iterate(self) -> Tensor:
+        return self._x if self._average is None else self._whole(self._average.block)
 
     def _spent(self) -> float:
         """Return the fraction of the time allowed that is used, the same on all ranks; 0 without a bound."""

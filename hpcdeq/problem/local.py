@@ -197,10 +197,13 @@ class LocalSums:
         self._point = self._last = None
 
     def evaluation(self, p: Tensor, dataset: SampleSource) -> Sequence[float]:
-        """Return the sums of the loss and of the metric's terms on a set; NaN where a fixed point was not found."""
+        """Return the sums of the loss and of the metric's terms on a set; NaN where a fixed point was not found.
+
+        The model is as in application: without dropout.
+        """
         pieces = self.layout.unflatten(p)
         sums, plain = np.zeros(3), self.loss_function.plain
-        with torch.no_grad():
+        with torch.no_grad(), self.network.applied():
             for start in range(0, len(dataset), self.visits.chunk_size):
                 rows = slice(start, min(start + self.visits.chunk_size, len(dataset)))
                 inputs, targets = self.visits.move(*dataset.batch(rows))

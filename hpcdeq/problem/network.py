@@ -108,6 +108,17 @@ class Network:
                 for parameters, key, own in places:
                     parameters[key] = own
 
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let layers that differ between training and application, such as dropout, do inside the block as in application."""
+        training = [module for module in self.model.modules() if module.training]
+        try:
+            self.model.eval()
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
     def evaluate(self, weights: Sequence[Tensor], inputs: Any, ids: Sequence[int]) -> Evaluated:
         """Return outputs and features at the given weights; ids are this rank's numbers of the samples."""
         if not self.terms:

@@ -284,7 +284,8 @@ class TrainingProblem:
             parts = []
             for tolerance in (self.guidance.loosened, (0.0, 0.0)):
                 self.guidance.loosened = tolerance
-                parts.append(self.local.loss_and_gradient(p, rows)[1])
+                with torch.random.fork_rng():  # the same numbers for both, where layers draw some
+                    parts.append(self.local.loss_and_gradient(p, rows)[1])
             return torch.stack([parts[0] - parts[1], parts[1]])
 
         difference, tight = torch.linalg.vector_norm(self._over_ranks(self.agreed(local)), dim=1).tolist()
