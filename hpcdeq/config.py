@@ -30,6 +30,7 @@ EMBEDDED_SETTINGS = {"max_iterations": 15}
 # tighter (hpcdeq.deq.forward.TOLERANCES); single precision keeps theirs. A trial point that needs more than a hundred
 # iterations is better rejected.
 TRAINING_OPTIONS = {"deq_snes_rtol": "1e-8", "deq_snes_max_it": "100", "deq_ksp_rtol": "1e-6"}
+AUXILIARY_WEIGHT = 0.3
 # Rejected, and not tried with other solvers: the optimiser's next trial point is cheaper.
 NO_FALLBACK = {"deq_snes_fallback": "none"}
 
@@ -70,6 +71,9 @@ class TrainConfig:
         λ of the term λ/2 ‖p‖² of the loss; for adamw its decay, which is no part of the loss. None: 0, for adamw 0.01.
     l1
         λ of the term λ Σ |p| of the loss, its kink rounded off (`hpcdeq.problem.terms.L1`).
+    auxiliary_weight
+        w of the auxiliary numbers that the data have beside the targets (`hpcdeq.problem.auxiliary`); None: 0.3 where they
+        have some.
     label_smoothing
         Part of every class label that is shared out evenly over all classes (Szegedy et al. 2016, arXiv 1512.00567).
     jacobian_penalty
@@ -109,6 +113,7 @@ class TrainConfig:
     average: float | None = None
     weight_decay: float | None = None
     l1: float = 0.0
+    auxiliary_weight: float | None = None
     label_smoothing: float = 0.0
     jacobian_penalty: float = 0.0
     seed: int = 0
@@ -145,6 +150,8 @@ class TrainConfig:
                 raise OptionError(f"{name} is {getattr(self, name)}: give a finite number that is not negative")
         if self.average is not None and not 0 < self.average < 1:
             raise OptionError(f"average is {self.average}: give a number between 0 and 1, such as 0.998")
+        if self.auxiliary_weight is not None and not 0 <= self.auxiliary_weight < math.inf:
+            raise OptionError(f"auxiliary_weight is {self.auxiliary_weight}: give a finite number that is not negative")
         if not 0 <= self.label_smoothing < 1:
             raise OptionError(f"label_smoothing is {self.label_smoothing}: give a number from 0 to below 1")
         self.learning_rates()

@@ -76,6 +76,12 @@ def add_settings(parser: CommandParser) -> None:
         "--l1", type=float, metavar="R", help="penalty R sum |weights|, smoothed within 0.001 of 0 (default 0)"
     )
     parser.add_argument(
+        "--auxiliary-weight",
+        type=float,
+        metavar="W",
+        help="of the numbers that the data have beside the targets, hpcdeq.prepare --auxiliary (default 0.3; 0: ignore them)",
+    )
+    parser.add_argument(
         "--label-smoothing",
         type=float,
         metavar="P",

@@ -172,6 +172,13 @@ def _label_options(parser: argparse.ArgumentParser, learned: str) -> None:
     parser.add_argument("--class-column", metavar="NAME", help="learn the classes named in this column or field")
     parser.add_argument("--regression", action="store_true", help="learn the value instead of a class")
     parser.add_argument("--units", help="unit of the property")
+    parser.add_argument(
+        "--auxiliary",
+        type=_names,
+        default=(),
+        metavar="A,B,...",
+        help="numbers of the source that hpcdeq.train learns beside it, and predictions leave out (default none)",
+    )
     parser.add_argument("--validation-fraction", type=float, default=0.1, metavar="F", help="default 0.1")
     parser.add_argument(
         "--processes", type=int, metavar="N", help="local processes (default: all cores; under MPI its ranks)"
@@ -191,7 +198,13 @@ def _labels(options: argparse.Namespace, preset: Labelling) -> Labelling:
         wrong = _given(options, "property", "thresholds", "units")
         if wrong:
             raise OptionError(f"--class-column {options.class_column}: drop --{next(iter(wrong))}, names need none")
-        return Labelling(options.class_column, classes=options.classes or (), named=True, regression=options.regression)
+        return Labelling(
+            options.class_column,
+            classes=options.classes or (),
+            named=True,
+            regression=options.regression,
+            auxiliary=options.auxiliary,
+        )
     name = options.property or preset.property_name
     usual = name == preset.property_name
     if options.regression:
@@ -205,7 +218,12 @@ def _labels(options: argparse.Namespace, preset: Labelling) -> Labelling:
     thresholds = options.thresholds or preset.thresholds
     classes = options.classes or (preset.classes if options.thresholds is None else _range_names(thresholds))
     return Labelling(
-        name, thresholds, classes, options.units or (preset.units if usual else ""), regression=options.regression
+        name,
+        thresholds,
+        classes,
+        options.units or (preset.units if usual else ""),
+        regression=options.regression,
+        auxiliary=options.auxiliary,
     )
 
 

@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from hpcdeq import parallel
-from hpcdeq.config import DEFAULT_MODELS, TrainConfig
-from hpcdeq.data import Dataset
+from hpcdeq.config import AUXILIARY_WEIGHT, DEFAULT_MODELS, TrainConfig
+from hpcdeq.data import Dataset, SampleSource
 from hpcdeq.data.dataset import target_statistics
 from hpcdeq.data.schema import SPLITS
 from hpcdeq.data.shards import Shards
 from hpcdeq.errors import DataError, OptionError
 from hpcdeq.models import build_model, model_config
 from hpcdeq.models.blocks import OutputScale
-from hpcdeq.problem import L1, LOSSES, CrossEntropy, JacobianPenalty, TrainingProblem
+from hpcdeq.problem import L1, LOSSES, CrossEntropy, JacobianPenalty, Loss, TrainingProblem
+from hpcdeq.problem.auxiliary import AuxiliarySource, WithAuxiliary, standardised
 from hpcdeq.problem.terms import Term
 
 
@@ -41,14 +42,36 @@ def read_splits(path: str, dtype: str, comm: parallel.Comm) -> dict[str, Dataset
 
 
 def resolved(config: TrainConfig, data: Dataset | Shards) -> TrainConfig:
-    """Return a configuration with what it leaves to the data and to defaults: the model, all of its settings, the chunk size.
+    """Return a configuration with what it leaves to the data and to defaults: the model, all of its settings, the chunk size,
+    what auxiliary numbers count.
 
     Not collective. They are part of what decides a run, and are saved with it.
+
+    Raises
+    ------
+    OptionError
+        A setting that the model does not have, or auxiliary numbers are asked for and there are none.
     """
     name = config.model or DEFAULT_MODELS[data.schema.representation]
     settings = dataclasses.asdict(model_config(name, config.model_settings))
-    chunk_size = config.chunk_size or data.usual_chunk_size
-    return dataclasses.replace(config, model=name, model_settings=settings, chunk_size=chunk_size)
+    beside = len(data.schema.auxiliary) if "auxiliary" in settings else 0
+    weight = config.auxiliary_weight
+    if weight is None:
+        weight = AUXILIARY_WEIGHT if beside else 0.0
+    elif weight and not beside:
+        lacks = "the data have no auxiliary numbers: prepare them with --auxiliary NAME,..., or"
+        if data.schema.auxiliary:
+            lacks = f"model {name} gives no auxiliary numbers:"
+        raise OptionError(f"--auxiliary-weight {weight}: {lacks} leave the option out")
+    if "auxiliary" in settings:
+        settings["auxiliary"] = beside if weight else 0
+    return dataclasses.replace(
+        config,
+        model=name,
+        model_settings=settings,
+        chunk_size=config.chunk_size or data.usual_chunk_size,
+        auxiliary_weight=weight,
+    )
 
 
 def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tuple[TrainConfig, TrainingProblem]:
@@ -77,16 +100,20 @@ def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tu
             device=config.device,
         )
     standardise(model, train, comm)
-    loss = next(loss for loss in LOSSES.values() if loss.task == train.task)
+    loss: Loss = next(loss for loss in LOSSES.values() if loss.task == train.task)
     if config.label_smoothing:
         if not isinstance(loss, CrossEntropy):
             raise OptionError("--label-smoothing is for classes, the data holds numbers: leave it out", agreed=True)
         loss = CrossEntropy(config.label_smoothing)
+    samples: SampleSource = train
+    if config.auxiliary_weight:
+        numbers = standardised(train.auxiliary, comm)
+        samples, loss = AuxiliarySource(train, numbers), WithAuxiliary(loss, numbers.shape[1], config.auxiliary_weight)
     terms: list[Term] = [L1(config.l1)] if config.l1 else []
     terms += [JacobianPenalty(config.jacobian_penalty)] if config.jacobian_penalty else []
     problem = TrainingProblem(
         model,
-        train,
+        samples,
         loss,
         comm,
         chunk_size=config.chunk_size,

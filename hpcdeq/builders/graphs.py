@@ -214,6 +214,8 @@ class Assembly:
             report.classes,
         )
         starts = np.concatenate([[0], np.cumsum([len(block.ids) for block in built])])
+        auxiliary = np.array([row for block in built for row in block.auxiliary], float).reshape(len(values), -1)
+        self._refuse_unknown(auxiliary[keep])
         with DatasetWriter(self.path, self._schema(report.classes)) as writer:
             steps = [(split, number) for split in range(len(SPLITS)) for number in range(count)]
             for split, number in progress(steps, "writing", len(steps)):
@@ -222,8 +224,15 @@ class Assembly:
                 if rows.size:
                     graphs = spool.load(number).graphs.take(rows)
                     ids = [built[number].ids[row] for row in rows]
-                    writer.append(SampleRows(ids, targets[own][rows], graphs), splits[own][rows])
+                    samples = SampleRows(ids, targets[own][rows], graphs, auxiliary[own][rows])
+                    writer.append(samples, splits[own][rows])
                     report.add(splits[own][rows], targets[own][rows])
+
+    def _refuse_unknown(self, auxiliary: np.ndarray) -> None:
+        """Raise where no sample has one of the auxiliary properties: its name must be wrong."""
+        for name, known in zip(self.labels.auxiliary, np.isfinite(auxiliary).any(axis=0), strict=True):
+            if not known:
+                raise DataError(f"{self.source}: no row has {name}; give --auxiliary names of numbers in the source")
 
     def _without_duplicates(self, built: Iterable[Built]) -> np.ndarray:
         """Return ``(b,)`` whether a sample's id is new; the others go to the report."""

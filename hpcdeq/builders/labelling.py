@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ class Labelling:
         Keep the value itself instead of a class.
     named
         The property is the name of a class.
+    auxiliary
+        Properties that are numbers, to be learned beside it.
     """
 
     property_name: str
@@ -40,9 +42,12 @@ class Labelling:
     units: str = ""
     regression: bool = False
     named: bool = False
+    auxiliary: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
+        if len(set(self.auxiliary)) < len(self.auxiliary) or not all(self.auxiliary):
+            raise OptionError(f"--auxiliary {','.join(self.auxiliary)}: name every property once")
         if len(set(self.classes)) < len(self.classes) or not all(self.classes):
             raise OptionError(f"--classes {','.join(self.classes)}: every class has a name of its own")
         if self.regression or self.named:
@@ -75,6 +80,23 @@ class Labelling:
             raise ValueError(f"{self.property_name} is '{name}', not one of {', '.join(self.classes)}")
         return name
 
+    def auxiliary_values(self, find: Callable[[str], Any]) -> tuple[float, ...]:
+        """Return the auxiliary properties of a row, NaN for those that it has not.
+
+        Not collective.
+
+        Parameters
+        ----------
+        find
+            ``find(name)`` returns a property as it stands in the row, None if it has none.
+
+        Raises
+        ------
+        ValueError
+            One is there, but no number.
+        """
+        return tuple(_number_or_nan(name, find(name)) for name in self.auxiliary)
+
     def class_names(self, values: Sequence[Value]) -> tuple[str, ...]:
         """Return the names of the classes, given all values. Not collective."""
         if self.regression:
@@ -93,9 +115,11 @@ class Labelling:
 
     def schema_fields(self, classes: tuple[str, ...]) -> Mapping[str, Any]:
         """Return the keywords of `hpcdeq.data.schema.Schema` that labels decide. Not collective."""
+        beside = {"auxiliary": self.auxiliary}
         if self.regression:
-            return {"task": "regression", "target_names": (self.property_name,), "target_units": (self.units or "1",)}
-        return {"task": "classification", "classes": classes}
+            names, units = (self.property_name,), (self.units or "1",)
+            return beside | {"task": "regression", "target_names": names, "target_units": units}
+        return beside | {"task": "classification", "classes": classes}
 
     @property
     def meaning(self) -> str:
@@ -103,6 +127,17 @@ class Labelling:
         if self.named or self.regression:
             return self.property_name
         return f"{self.property_name} at {', '.join(map(str, self.thresholds))} {self.units}".strip()
+
+
+def _number_or_nan(name: str, found: Any) -> float:
+    try:
+        value = number(name, found)
+    except ValueError:
+        # What is missing, in any of the ways in which tables and JSON say so.
+        if found is None or str(found).strip().lower() in ("", "nan", "none", "null"):
+            return math.nan
+        raise
+    return value
 
 
 def number(name: str, found: Any) -> float:

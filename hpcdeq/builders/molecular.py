@@ -85,6 +85,7 @@ def build_molecules(rows: list[MoleculeRow], settings: MoleculeSettings, labels:
     values: list[Value] = []
     splits: list[str] = []
     groups: list[str] = []
+    auxiliary: list[tuple[float, ...]] = []
     skipped: list[Skipped] = []
     with rdBase.BlockLogs():  # reasons are told row by row
         for row in rows:
@@ -93,8 +94,10 @@ def build_molecules(rows: list[MoleculeRow], settings: MoleculeSettings, labels:
                 molecule, fields = _molecule(row, settings)
                 name = _named(row, fields)
                 value: Value = float("nan")
+                beside: tuple[float, ...] = ()
                 if labels is not None:
                     value = labels.value(fields.get(labels.property_name))
+                    beside = labels.auxiliary_values(fields.get)
                 split = split_named(fields.get("split")) or ""
                 group = _group(molecule, fields, settings.group)
                 graphs.append(graph_of(molecule, settings))
@@ -107,7 +110,8 @@ def build_molecules(rows: list[MoleculeRow], settings: MoleculeSettings, labels:
             values.append(value)
             splits.append(split)
             groups.append(group)
-    return Built(ids, values, splits, groups, join_graphs(graphs), skipped)
+            auxiliary.append(beside)
+    return Built(ids, values, splits, groups, join_graphs(graphs), skipped, auxiliary)
 
 
 def _identity(fields: Mapping[str, Any]) -> str:

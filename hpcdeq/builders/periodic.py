@@ -67,6 +67,7 @@ def build_structures(rows: list[SourceRow], settings: StructureSettings, labels:
     values: list[Value] = []
     splits: list[str] = []
     groups: list[str] = []
+    auxiliary: list[tuple[float, ...]] = []
     graphs: list[GraphArrays] = []
     skipped: list[Skipped] = []
     for row in rows:
@@ -95,4 +96,5 @@ def build_structures(rows: list[SourceRow], settings: StructureSettings, labels:
         values.append(record.value)
         splits.append(record.split or "")
         groups.append(record.group)
-    return Built(ids, values, splits, groups, join_graphs(graphs), skipped)
+        auxiliary.append(record.auxiliary)
+    return Built(ids, values, splits, groups, join_graphs(graphs), skipped, auxiliary)

@@ -34,6 +34,8 @@ class Built:
         The samples' graphs.
     skipped
         The other rows.
+    auxiliary
+        A row of numbers each, to be learned beside the property; none where none were asked for.
     """
 
     ids: Sequence[str]
@@ -42,6 +44,7 @@ class Built:
     groups: Sequence[str]
     graphs: GraphArrays
     skipped: Sequence[Skipped]
+    auxiliary: Sequence[Sequence[float]] = ()
 
 
 class BlockError(DataError):
@@ -104,7 +107,8 @@ class Spool:
         try:
             with part.open("wb") as file:
                 arrays = {name: np.array(list(text), dtype=np.str_) for name, text in texts.items()} | graphs
-                np.savez(file, allow_pickle=False, values=np.array(built.values), **arrays)
+                arrays |= {"values": np.array(built.values), "auxiliary": np.array(built.auxiliary, float)}
+                np.savez(file, allow_pickle=False, **arrays)
             part.replace(self._path(number))
         except OSError as error:
             raise BlockError(
@@ -116,7 +120,7 @@ class Spool:
         """Read a block, on request without its graphs (which are then empty). `DataError` where it is damaged."""
         try:
             with self._path(number).open("rb") as data, np.load(data, allow_pickle=False) as file:
-                texts = {name: file[name].tolist() for name in ("ids", "splits", "groups", "values")}
+                texts = {name: file[name].tolist() for name in ("ids", "splits", "groups", "values", "auxiliary")}
                 rows, reasons = file["skipped_rows"].tolist(), file["skipped_reasons"].tolist()
                 arrays = {name: file[name] for name in ((*OFFSETS, *NODE_FIELDS, *EDGE_FIELDS) if graphs else ())}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -69,6 +69,8 @@ class StructureRecord:
         ``train``, ``validation``, ``test``, or None where the source does not say.
     group
         The same for all relatives.
+    auxiliary
+        Numbers to be learned beside the property; NaN for those that the source has not.
     """
 
     id: str
@@ -78,6 +80,7 @@ class StructureRecord:
     value: Value
     split: str | None
     group: str
+    auxiliary: tuple[float, ...] = ()
 
 
 def source_rows(source: Path) -> Iterator[SourceRow]:
@@ -142,12 +145,13 @@ def read_structure(row: SourceRow, labels: Labelling | None, group: str) -> tupl
         lattice, numbers, frac, inner = structure
         atoms = _checked(lattice, numbers, frac)
         value: Value = float("nan")
+        auxiliary: tuple[float, ...] = ()
         if labels is not None:
             value = labels.value(_lookup(entry, inner, labels.property_name))
+            auxiliary = labels.auxiliary_values(lambda name: _lookup(entry, inner, name))
         identity = _identity(entry) or row.name
-        record = StructureRecord(
-            identity, *atoms, value, split_named(entry.get("split")), _group(group, identity, entry, atoms[1])
-        )
+        split, relatives = split_named(entry.get("split")), _group(group, identity, entry, atoms[1])
+        record = StructureRecord(identity, *atoms, value, split, relatives, auxiliary)
         return identity, record, ""
     except Exception as error:  # foreign parsers on foreign input raise anything; one bad row must not end the job
         return name, None, reason_of(error)

@@ -42,6 +42,8 @@ class Dataset:
         See `hpcdeq.data.batches.SampleSource`; ``count`` is the split's.
     ids
         This rank's sample names.
+    auxiliary
+        ``(b, A)`` numbers that may be learned beside the targets; NaN where a sample has none.
     usual_chunk_size
         Samples that are best worked on together.
 
@@ -76,6 +78,7 @@ class Dataset:
         self.count = int(rows.size)
         self.offset = int(share.start)
         self.ids = list(samples.ids)
+        self.auxiliary = torch.from_numpy(samples.auxiliary).to(dtype)
         targets = torch.from_numpy(samples.targets)
         self.targets = targets if self.task == "classification" else targets.to(dtype)
         self._inputs: GraphArrays | torch.Tensor

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from hpcdeq.data.graphs import BONDS, NODE_FIELDS, GraphArrays, Rows, join_graphs, no_graphs
-from hpcdeq.data.schema import REMEDY, Schema, reading
+from hpcdeq.data.graphs import BONDS, NODE_FIELDS, NONE, GraphArrays, Rows, join_graphs, no_graphs
+from hpcdeq.data.schema import AUXILIARY, REMEDY, Schema, reading
 from hpcdeq.errors import DataError
 
 HEAVIEST = 118  # oganesson
@@ -29,24 +29,34 @@ class SampleRows:
         ``(b,)`` int64 labels, or ``(b, T)`` float64.
     inputs
         ``(b, ...)`` float64, or the graphs.
+    auxiliary
+        ``(b, A)`` float64, NaN for what a sample has not; by default A = 0.
     """
 
     ids: Sequence[str]
     targets: np.ndarray
     inputs: np.ndarray | GraphArrays
+    auxiliary: np.ndarray = field(default_factory=lambda: NONE)
+
+    def __post_init__(self) -> None:
+        """Fill in what is not given."""
+        if self.auxiliary is NONE:
+            object.__setattr__(self, "auxiliary", np.empty((len(self.ids), 0)))
 
     def take(self, rows: Rows) -> SampleRows:
         """Return some of the rows, in the order of ``rows``. Not collective."""
         ids = np.array(self.ids, dtype=object)[rows].tolist()
         inputs = self.inputs.take(rows) if isinstance(self.inputs, GraphArrays) else self.inputs[rows]
-        return SampleRows(ids, self.targets[rows], inputs)
+        return SampleRows(ids, self.targets[rows], inputs, self.auxiliary[rows])
 
 
 def no_rows(schema: Schema) -> SampleRows:
     """Return no samples, with the trailing shapes and types that samples of this schema have. Not collective."""
     target_type = np.int64 if schema.task == "classification" else np.float64
     inputs = no_graphs() if schema.representation == "graph" else np.empty((0, *schema.sample_shape))
-    return SampleRows([], np.empty((0, *schema.target_shape), target_type), inputs)
+    return SampleRows(
+        [], np.empty((0, *schema.target_shape), target_type), inputs, np.empty((0, len(schema.auxiliary)))
+    )
 
 
 def join_rows(schema: Schema, parts: Sequence[SampleRows]) -> SampleRows:
@@ -55,10 +65,11 @@ def join_rows(schema: Schema, parts: Sequence[SampleRows]) -> SampleRows:
         return parts[0] if parts else no_rows(schema)
     ids = [name for part in parts for name in part.ids]
     targets = np.concatenate([part.targets for part in parts])
+    auxiliary = np.concatenate([part.auxiliary for part in parts])
     if schema.representation == "graph":
         graphs = [part.inputs for part in parts if isinstance(part.inputs, GraphArrays)]
-        return SampleRows(ids, targets, join_graphs(graphs))
-    return SampleRows(ids, targets, np.concatenate([part.inputs for part in parts]))
+        return SampleRows(ids, targets, join_graphs(graphs), auxiliary)
+    return SampleRows(ids, targets, np.concatenate([part.inputs for part in parts]), auxiliary)
 
 
 def read_rows(path: Path, file: h5py.File, schema: Schema, start: int, stop: int) -> SampleRows:
@@ -75,9 +86,12 @@ def read_rows(path: Path, file: h5py.File, schema: Schema, start: int, stop: int
         ids = file["/sample/id"].asstr(errors="replace")[start:stop].tolist()
     target_type = np.int64 if schema.task == "classification" else np.float64
     targets = _slab(path, file, "/sample/target", start, stop).astype(target_type, copy=False)
+    auxiliary = NONE
+    if schema.auxiliary:
+        auxiliary = _slab(path, file, AUXILIARY, start, stop).astype(np.float64, copy=False)
     if schema.representation == "array":
         inputs = _slab(path, file, "/array/x", start, stop).astype(np.float64, copy=False)
-        return SampleRows(ids, targets, inputs)
+        return SampleRows(ids, targets, inputs, auxiliary)
     node_offset = _offsets(path, file, "node", start, stop)
     edge_offset = _offsets(path, file, "edge", start, stop)
     nodes = int(node_offset[0]), int(node_offset[-1])
@@ -96,7 +110,7 @@ def read_rows(path: Path, file: h5py.File, schema: Schema, start: int, stop: int
             if name != "atomic_number" and name in file["/graph"]
         },
     )
-    return SampleRows(ids, targets, graphs)
+    return SampleRows(ids, targets, graphs, auxiliary)
 
 
 def _slab(path: Path, file: h5py.File, name: str, start: int, stop: int) -> np.ndarray:
@@ -139,6 +153,7 @@ def check_rows(source: object, schema: Schema, rows: SampleRows, numbers: np.nda
         _refuse(source, "/sample/target", wrong, rows.targets, numbers, legal)
     else:
         _refuse(source, "/sample/target", ~np.isfinite(rows.targets), rows.targets, numbers, "not finite")
+    _refuse(source, AUXILIARY, np.isinf(rows.auxiliary), rows.auxiliary, numbers, "infinite")
     if not isinstance(rows.inputs, GraphArrays):
         _refuse(source, "/array/x", ~np.isfinite(rows.inputs), rows.inputs, numbers, "not finite")
         return

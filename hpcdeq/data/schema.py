@@ -22,6 +22,7 @@ FORMAT = "hpcdeq"
 VERSION = 1
 SPLITS = ("train", "validation", "test")  # stored as 0, 1, 2
 CONFORMERS = "/graph/conformers"
+AUXILIARY = "/sample/auxiliary"
 TASKS = ("classification", "regression")
 REPRESENTATIONS = ("array", "graph")
 REMEDY = "make it again with: python -m hpcdeq.prepare KIND SOURCE --out FILE.h5"
@@ -45,6 +46,8 @@ class Schema:
         Shape of one sample's input array; ``()`` for graphs.
     conformers
         Positions that every atom of a graph has, besides its edges; 0: none.
+    auxiliary
+        Names of numbers that may be learned beside the targets, ``A`` of them; a sample may lack some (NaN).
     count
         Number of samples in the file or folder, over all splits.
     provenance
@@ -58,6 +61,7 @@ class Schema:
     target_units: tuple[str, ...] = ()
     sample_shape: tuple[int, ...] = ()
     conformers: int = 0
+    auxiliary: tuple[str, ...] = ()
     count: int = 0
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,7 +94,8 @@ class Schema:
 
         Not collective. Count and provenance may differ from part to part.
         """
-        for name in ("task", "representation", "classes", "target_names", "target_units", "sample_shape", "conformers"):
+        own = ("count", "provenance")
+        for name in (item.name for item in fields(self) if item.name not in own):
             if getattr(self, name) != getattr(other, name):
                 return name
         return None
@@ -169,6 +174,7 @@ def read_schema(path: Path, file: h5py.File) -> Schema:
         target_names=_texts(file, "target_names"),
         target_units=_texts(file, "target_units"),
         sample_shape=_dataset(path, file, "/array/x").shape[1:] if representation == "array" else (),
+        auxiliary=_texts(file, "auxiliary_names"),
         conformers=(*_dataset(path, file, CONFORMERS).shape, 0)[1] if CONFORMERS in file else 0,
         count=len(_dataset(path, file, "/sample/split")),
         provenance=provenance,
@@ -206,6 +212,8 @@ def _check_datasets(path: Path, file: h5py.File, schema: Schema) -> None:
     _check_shape(path, file, "/sample/id", "OSU", (rows,))
     _check_shape(path, file, "/sample/split", "iu", (rows,))
     _check_shape(path, file, "/sample/target", target_kind, (rows, *schema.target_shape))
+    if schema.auxiliary:
+        _check_shape(path, file, AUXILIARY, "f", (rows, len(schema.auxiliary)))
     if schema.representation == "array":
         _check_shape(path, file, "/array/x", "f", (rows, *schema.sample_shape))
         return

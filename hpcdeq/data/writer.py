@@ -15,7 +15,7 @@ import numpy as np
 
 from hpcdeq.data.graphs import BONDS, EDGE_FIELDS, NODE_FIELDS, GraphArrays
 from hpcdeq.data.rows import SampleRows, check_rows
-from hpcdeq.data.schema import FORMAT, SPLITS, VERSION, Schema
+from hpcdeq.data.schema import AUXILIARY, FORMAT, SPLITS, VERSION, Schema
 from hpcdeq.errors import DataError
 
 CHUNK_BYTES = 1 << 18
@@ -132,6 +132,8 @@ class DatasetWriter:
         self._extend("/sample/id", np.array(list(samples.ids), dtype=object))
         self._extend("/sample/split", splits)
         self._extend("/sample/target", samples.targets)
+        if self.schema.auxiliary:
+            self._extend(AUXILIARY, samples.auxiliary)
         if graphs is None:
             self._extend("/array/x", np.asarray(samples.inputs))
         else:
@@ -156,6 +158,9 @@ class DatasetWriter:
 
     def _check_lengths(self, samples: SampleRows, splits: np.ndarray) -> None:
         schema, number = self.schema, len(samples.ids)
+        beside = samples.auxiliary.shape
+        if beside != (number, len(schema.auxiliary)):
+            raise DataError(f"{self.path}: auxiliary numbers of shape {beside}, of {number} samples and {schema.auxiliary}")
         found = splits.shape, samples.targets.shape
         if found != ((number,), (number, *schema.target_shape)):
             raise DataError(f"{self.path}: {number} ids, but splits and targets of shapes {found[0]} and {found[1]}")
@@ -192,6 +197,9 @@ class DatasetWriter:
         self._create("/sample/id", TEXT)
         self._create("/sample/split", np.uint8, units="0 train, 1 validation, 2 test")
         self._create("/sample/target", label_type, schema.target_shape, units=label_units)
+        if schema.auxiliary:
+            file.attrs.create("auxiliary_names", list(schema.auxiliary), dtype=TEXT)
+            self._create(AUXILIARY, np.float64, (len(schema.auxiliary),), units="as in the source; NaN: not known")
         if schema.representation == "array":
             self._create("/array/x", self._input_type, schema.sample_shape, units=self._input_units)
             for name, value in self._array_attributes.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from hpcdeq.models.base import ModelKind, register
 from hpcdeq.models.blocks import BoundedConvolution
 from hpcdeq.models.conv_deq import KERNEL, square_plus
 from hpcdeq.models.elements import ElementEmbedding
-from hpcdeq.models.message_passing import EdgeFeatures, Head, Unrolled
+from hpcdeq.models.message_passing import NONE_ALLOWED, EdgeFeatures, Head, Unrolled
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class GraphImageConfig:
         Centre of the last of them, Å.
     head
         Units of the hidden layer after pooling.
+    auxiliary
+        Numbers that are learned beside the outputs (set by the data, see `hpcdeq.problem.auxiliary`).
     bound
         Bound on the product of the two convolutions' norms; below 1 every graph has its one fixed point.
     contraction
@@ -46,6 +48,7 @@ class GraphImageConfig:
     radial: int = 24
     cutoff: float = 6.0
     head: int = 128
+    auxiliary: int = field(default=0, metadata=NONE_ALLOWED)
     bound: float = 0.95
     contraction: float = 0.8
 
@@ -167,7 +170,7 @@ class GraphImage(nn.Module):
         self.equilibrium: nn.Module = (
             Unrolled(cell, config.steps) if isinstance(config, UnrolledGraphImageConfig) else FixedPoint(cell)
         )
-        self.head = Head(3 * d, config.head, output_size)
+        self.head = Head(3 * d, config.head, output_size, config.auxiliary)
 
     def inject(self, batch: GraphBatch) -> tuple[Injection, Tensor]:
         """Return what the cell needs of a batch, and the atoms' vectors ``(n, d)``."""

@@ -199,6 +199,8 @@ class GraphConfig:
         Vectors that the atoms add up to, whose lengths join what is pooled: for molecules with coordinates.
     head
         Units of the hidden layer after pooling.
+    auxiliary
+        Numbers that are learned beside the outputs (set by the data, see `hpcdeq.problem.auxiliary`).
     dropout
         Part of what was pooled that is left out at random in training (Srivastava et al. 2014); only for methods on
         minibatches.
@@ -209,6 +211,7 @@ class GraphConfig:
     cutoff: float = 6.0
     dipole: int = field(default=0, metadata=NONE_ALLOWED)
     head: int = 128
+    auxiliary: int = field(default=0, metadata=NONE_ALLOWED)
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -228,17 +231,24 @@ class Head(nn.Module):
         Units of the hidden layer.
     output_size
         Number of classes or of target numbers.
+    auxiliary
+        Further numbers that it gives behind them in training, from the same hidden layer.
     """
 
-    def __init__(self, width: int, hidden: int, output_size: int) -> None:
+    def __init__(self, width: int, hidden: int, output_size: int, auxiliary: int = 0) -> None:
         super().__init__()
         self.hidden = nn.Linear(width, hidden)
         self.last = nn.Linear(hidden, output_size)
         self.scale = OutputScale(output_size)
+        self.beside = nn.Linear(hidden, auxiliary) if auxiliary else None
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Return ``(B, output_size)`` from ``(B, width)``."""
-        return self.scale(self.last(silu(self.hidden(pooled))))
+        """Return ``(B, output_size)``, in training ``(B, output_size + auxiliary)``, from ``(B, width)``."""
+        hidden = silu(self.hidden(pooled))
+        outputs: Tensor = self.scale(self.last(hidden))
+        if self.beside is None or not self.training:
+            return outputs
+        return torch.cat([outputs, self.beside(hidden)], dim=1)
 
 
 class Readout(nn.Module):
@@ -259,7 +269,7 @@ class Readout(nn.Module):
         self.pooling = Pooling(width)
         self.dipole = DipolePooling(width, edge_width, config.dipole) if config.dipole else None
         self.dropout = nn.Dropout(config.dropout)
-        self.head = Head(2 * width + config.dipole, config.head, output_size)
+        self.head = Head(2 * width + config.dipole, config.head, output_size, config.auxiliary)
 
     def forward(self, h: Tensor, edges: Tensor, batch: GraphBatch) -> Tensor:
         """Return ``(B, output_size)`` from ``(n, width)`` atoms and ``(E, edge_width)`` edges."""

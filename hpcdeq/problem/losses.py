@@ -6,7 +6,6 @@ A loss is summed over samples here; `TrainingProblem` divides by their number. C
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,10 +27,10 @@ class Loss(ABC):
         Whether a larger metric is a better model.
     """
 
-    name: ClassVar[str]
-    task: ClassVar[str]
-    metric: ClassVar[str]
-    larger_is_better: ClassVar[bool]
+    name: str
+    task: str
+    metric: str
+    larger_is_better: bool
 
     @abstractmethod
     def check(self, outputs: Tensor, targets: Tensor) -> None:
