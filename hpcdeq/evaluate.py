@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m hpcdeq.evaluate"
 SPLITS = ("train", "validation", "test")
-DESCRIBED = 1024  # samples at a time
 
 EPILOG = f"""\
 options of the fixed points (single dash) win over the run's own: -deq_snes_rtol 1e-8, -deq_snes_max_it 1000, ...
@@ -111,7 +110,9 @@ def main(arguments: list[str]) -> int:
         found = Found(
             _predictions(model, sets[options.split], int(saved.config["chunk_size"])),
             sets[options.split].targets.numpy(),
-            {} if options.no_baselines else {split: _described(data) for split, data in sets.items()},
+            {}
+            if options.no_baselines
+            else {split: (data.descriptors(), data.targets.numpy()) for split, data in sets.items()},
         )
     every = parallel.to_root(comm, found)
     facts = {
@@ -153,21 +154,6 @@ def _predictions(model: nn.Module, data: Dataset, chunk_size: int) -> list[Predi
         rows = slice(start, min(start + chunk_size, len(data)))
         found.append(predict_batch(model, data.ids[rows], data.batch(rows)[0]))
     return found
-
-
-def _described(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Return descriptors and classes of this rank's samples."""
-    import numpy as np
-
-    from hpcdeq.data import GraphBatch
-    from hpcdeq.data.batches import graph_arrays
-    from hpcdeq.report.descriptors import descriptors_of
-
-    parts = []
-    for start in range(0, max(len(data), 1), DESCRIBED):  # without samples too, for the number of columns
-        inputs = data.batch(slice(start, start + DESCRIBED))[0]
-        parts.append(descriptors_of(graph_arrays(inputs) if isinstance(inputs, GraphBatch) else inputs.numpy()).values)
-    return np.concatenate(parts), data.targets.numpy()
 
 
 def _report(every: list[Found], model: str, schema: Schema, facts: dict[str, object], directory: RunDirectory) -> str:

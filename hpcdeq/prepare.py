@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from hpcdeq.builders.field_settings import EQUATIONS, FieldSettings
 from hpcdeq.commands import CommandParser
 from hpcdeq.errors import EXIT_DONE, OptionError
+from hpcdeq.label_options import add_label_options, given, labels_of
 
 if TYPE_CHECKING:
-    from hpcdeq.builders.labelling import Labelling
     from hpcdeq.builders.samples import Progress, Report, Shares
 
 PROGRAM = "python -m hpcdeq.prepare"
@@ -47,17 +47,6 @@ class Kind:
     advice: str = ""
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' are not numbers with commas between them; e.g. 0.01,3.0") from None
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
 STRUCTURE_OPTIONS = ("neighbours", "radius", "voids", "oxidation", "group", "least_distance")
 
 
@@ -71,7 +60,7 @@ def _structure_kind(name: str, summary: str, learned: str, group: str, voids: in
             help="folder of .cif with id_prop.csv (or one other .csv: a line of column names, the first id or filename),"
             " .jsonl[.gz], pymatgen's .json[.gz], or .xyz, .extxyz, .traj, .db, .vasp through ASE",
         )
-        _label_options(parser, learned)
+        add_label_options(parser, learned)
         parser.add_argument(
             "--neighbours", type=int, metavar="K", help="nearest neighbours of an atom (default 12; 0: all within R)"
         )
@@ -110,8 +99,8 @@ def _structure_kind(name: str, summary: str, learned: str, group: str, voids: in
         return crystals.prepare_crystals(
             options.out,
             options.source,
-            _labels(options, preset),
-            dataclasses.replace(settings, **_given(options, *STRUCTURE_OPTIONS)),
+            labels_of(options, preset),
+            dataclasses.replace(settings, **given(options, *STRUCTURE_OPTIONS)),
             _shares(options),
             kind=name,
             processes=_processes(options),
@@ -128,7 +117,7 @@ def _molecule_options(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="table with SMILES (.csv[.gz], .tsv), .sdf[.gz], .xyz (or a folder), .jsonl[.gz]",
     )
-    _label_options(parser, "default mu, at 2.5 debye: weakly polar, strongly polar")
+    add_label_options(parser, "default mu, at 2.5 debye: weakly polar, strongly polar")
     parser.add_argument("--smiles-column", metavar="NAME", help="of a table (default smiles)")
     parser.add_argument(
         "--geometry",
@@ -151,79 +140,14 @@ def _build_molecules(options: argparse.Namespace, command: str) -> Report:
     return prepare_molecules(
         options.out,
         options.source,
-        _labels(options, DIPOLE),
+        labels_of(options, DIPOLE),
         MoleculeSettings(
-            seed=options.seed, **_given(options, "geometry", "conformers", "radius", "group", "smiles_column")
+            seed=options.seed, **given(options, "geometry", "conformers", "radius", "group", "smiles_column")
         ),
         _shares(options),
         processes=_processes(options),
         command=command,
         progress=_progress(options),
-    )
-
-
-def _label_options(parser: argparse.ArgumentParser, learned: str) -> None:
-    """Add the options that say what is learned of each row, and how rows are shared out and worked on."""
-    parser.add_argument("--property", metavar="NAME", help=f"what to learn ({learned})")
-    parser.add_argument(
-        "--thresholds", type=_numbers, metavar="A,B,...", help="bounds of classes; a value on one is above it"
-    )
-    parser.add_argument("--classes", type=_names, metavar="A,B,...", help="their names, one more than bounds")
-    parser.add_argument("--class-column", metavar="NAME", help="learn the classes named in this column or field")
-    parser.add_argument("--regression", action="store_true", help="learn the value instead of a class")
-    parser.add_argument("--units", help="unit of the property")
-    parser.add_argument(
-        "--auxiliary",
-        type=_names,
-        default=(),
-        metavar="A,B,...",
-        help="numbers of the source that hpcdeq.train learns beside it, and predictions leave out (default none)",
-    )
-    parser.add_argument("--validation-fraction", type=float, default=0.1, metavar="F", help="default 0.1")
-    parser.add_argument(
-        "--processes", type=int, metavar="N", help="local processes (default: all cores; under MPI its ranks)"
-    )
-
-
-def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return the options that were given."""
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
-def _labels(options: argparse.Namespace, preset: Labelling) -> Labelling:
-    """Return what is learned: the kind's own property unless another is named."""
-    from hpcdeq.builders.labelling import Labelling
-
-    if options.class_column is not None:
-        wrong = _given(options, "property", "thresholds", "units")
-        if wrong:
-            raise OptionError(f"--class-column {options.class_column}: drop --{next(iter(wrong))}, names need none")
-        return Labelling(
-            options.class_column,
-            classes=options.classes or (),
-            named=True,
-            regression=options.regression,
-            auxiliary=options.auxiliary,
-        )
-    name = options.property or preset.property_name
-    usual = name == preset.property_name
-    if options.regression:
-        wrong = _given(options, "thresholds", "classes")
-        if wrong:
-            raise OptionError(f"--regression learns the value itself: drop --{next(iter(wrong))}")
-    if not options.regression and not usual and options.thresholds is None:
-        raise OptionError(f"--property {name}: say --thresholds A,B,... for classes, or --regression")
-    if options.regression and not usual and options.units is None:
-        raise OptionError(f"--regression of {name}: say its unit with --units (1 where it has none)")
-    thresholds = options.thresholds or preset.thresholds
-    classes = options.classes or (preset.classes if options.thresholds is None else _range_names(thresholds))
-    return Labelling(
-        name,
-        thresholds,
-        classes,
-        options.units or (preset.units if usual else ""),
-        regression=options.regression,
-        auxiliary=options.auxiliary,
     )
 
 
@@ -237,11 +161,6 @@ def _processes(options: argparse.Namespace) -> int:
     if options.processes is not None and options.processes < 1:
         raise OptionError(f"--processes {options.processes}: at least 1")
     return options.processes or len(os.sched_getaffinity(0))
-
-
-def _range_names(thresholds: tuple[float, ...]) -> tuple[str, ...]:
-    middle = [f"{low:g} to {high:g}" for low, high in zip(thresholds, thresholds[1:], strict=False)]
-    return (f"below {thresholds[0]:g}", *middle, f"from {thresholds[-1]:g}")
 
 
 def _progress(options: argparse.Namespace) -> Progress:

@@ -10,12 +10,13 @@ from torch import nn
 from hpcdeq import parallel
 from hpcdeq.config import AUXILIARY_WEIGHT, DEFAULT_MODELS, TrainConfig
 from hpcdeq.data import Dataset, SampleSource
-from hpcdeq.data.dataset import target_statistics
+from hpcdeq.data.dataset import column_statistics
 from hpcdeq.data.schema import SPLITS
 from hpcdeq.data.shards import Shards
 from hpcdeq.errors import DataError, OptionError
 from hpcdeq.models import build_model, model_config
 from hpcdeq.models.blocks import OutputScale
+from hpcdeq.models.descriptors import DescriptorFeatures
 from hpcdeq.problem import L1, LOSSES, CrossEntropy, JacobianPenalty, Loss, TrainingProblem
 from hpcdeq.problem.auxiliary import AuxiliarySource, WithAuxiliary, standardised
 from hpcdeq.problem.terms import Term
@@ -127,13 +128,19 @@ def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tu
 
 
 def standardise(model: nn.Module, train: Dataset, comm: parallel.Comm) -> None:
-    """Let a model of numbers begin with outputs of the training targets' mean and deviation, where it can.
+    """Let a model begin with the training samples' statistics: of their targets where it gives numbers, of their descriptors.
 
-    Collective on comm. Both are saved with the model's weights.
+    Collective on comm. They are saved with the model's weights.
     """
-    if train.task != "regression":
-        return
-    mean, deviation = target_statistics(train.targets, comm)
-    for module in model.modules():
-        if isinstance(module, OutputScale):
+    scales = [module for module in model.modules() if isinstance(module, OutputScale)]
+    if train.task == "regression" and scales:
+        mean, deviation = column_statistics(train.targets, comm)
+        for scale in scales:
+            scale.set(mean, deviation)
+    features = [module for module in model.modules() if isinstance(module, DescriptorFeatures)]
+    if features:
+        with parallel.agreement(comm):
+            own = train.descriptors()
+        mean, deviation = column_statistics(torch.from_numpy(own), comm)
+        for module in features:
             module.set(mean, deviation)

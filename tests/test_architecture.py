@@ -27,7 +27,7 @@ FLOORS = [
     {"tuning"},
     {"report"},
     {"config"},
-    {"config_options"},
+    {"config_options", "label_options"},
     {"inference", "tasks"},
     {"train", "prepare", "doctor", "predict", "evaluate", "compare", "study", "campaign"},
 ]

@@ -195,7 +195,8 @@ def test_from_a_table_to_predictions(run: Run, tmp_path: Path) -> None:
     assert "auxiliary_weight = 0.3" in config and '"auxiliary" = 2' in config
     done = run("-m", "hpcdeq.predict", "r", str(source), "--out", "p.csv", "--quiet")
     assert done.returncode == 0, done.stderr
-    found = list(csv.DictReader((tmp_path / "p.csv").open()))
+    with (tmp_path / "p.csv").open() as file:
+        found = list(csv.DictReader(file))
     probabilities = [name for name in found[0] if name.startswith("p(") or "polar" in name]
     assert len(found) == 24 and len(probabilities) == 2, found[0]
     done = run("-m", "hpcdeq.evaluate", "r", "--no-baselines", timeout=300)

@@ -18,6 +18,7 @@ from conftest import Run
 from hpcdeq import parallel
 from hpcdeq.builders.neighbours import neighbours_of
 from hpcdeq.data import Dataset
+from hpcdeq.data.descriptors import PROPERTIES, Descriptors, descriptors_of, element_properties, segment_statistics
 from hpcdeq.data.graphs import GraphArrays, join_graphs
 from hpcdeq.data.rows import SampleRows
 from hpcdeq.data.schema import Schema
@@ -29,7 +30,6 @@ from hpcdeq.record import RunDirectory
 from hpcdeq.record.restore import load
 from hpcdeq.report.baselines import MISSING, Baseline, Labelled, gradient_boosting, majority_class
 from hpcdeq.report.classification import calibration_bins, class_scores, roc_auc, wilson_interval
-from hpcdeq.report.descriptors import PROPERTIES, Descriptors, descriptors_of, element_properties, segment_statistics
 from hpcdeq.report.evaluation import Evaluated, write_evaluation
 
 RANDOM = np.random.default_rng(7)

@@ -15,7 +15,7 @@ from PIL import Image
 
 import hpcdeq
 from hpcdeq import parallel
-from hpcdeq.data.dataset import target_statistics
+from hpcdeq.data.dataset import column_statistics
 from hpcdeq.data.schema import Schema
 from hpcdeq.errors import CheckpointError, DataError
 from hpcdeq.models.blocks import OutputScale
@@ -236,9 +236,13 @@ def test_numbers_are_predicted_in_the_units_of_the_training_targets(tmp_path: Pa
 
 
 @pytest.mark.parallel([1, 2, 3])
-def test_target_statistics_do_not_depend_on_the_ranks(comm: parallel.Comm) -> None:
-    targets = 1e6 + torch.randn(7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def test_column_statistics_do_not_depend_on_the_ranks(comm: parallel.Comm) -> None:
+    targets = 1e6 + torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    targets[2, 2] = targets[5, 2] = torch.nan
+    targets[:, 3] = torch.nan
     own = parallel.own_slice(7, comm.rank, max(comm.size - 1, 1)) if comm.rank < max(comm.size - 1, 1) else slice(0, 0)
-    mean, deviation = target_statistics(targets[own], comm)
-    np.testing.assert_allclose(mean, targets.mean(dim=0), rtol=1e-14)
-    np.testing.assert_allclose(deviation, targets.std(dim=0, correction=0), rtol=1e-9)
+    mean, deviation = column_statistics(targets[own], comm)
+    whole = targets[:, :3].numpy()
+    np.testing.assert_allclose(mean[:3], np.nanmean(whole, axis=0), rtol=1e-14)
+    np.testing.assert_allclose(deviation[:3], np.nanstd(whole, axis=0), rtol=1e-9)
+    assert float(mean[3]) == float(deviation[3]) == 0.0  # nothing is known

@@ -10,11 +10,14 @@ import torch
 
 from hpcdeq import parallel
 from hpcdeq.data.batches import GraphBatch, Inputs, RowsLike, graph_arrays, graph_batch, numpy_rows, taken
+from hpcdeq.data.descriptors import descriptors_of
 from hpcdeq.data.graphs import GraphArrays
 from hpcdeq.data.rows import HEAVIEST
 from hpcdeq.data.schema import SPLITS, Schema
 from hpcdeq.data.shards import Shards
 from hpcdeq.errors import DataError
+
+DESCRIBED = 1024  # samples whose descriptors are computed together, which bounds the memory
 
 
 class Dataset:
@@ -111,6 +114,15 @@ class Dataset:
             return graph_batch(self._inputs, numpy_rows(rows), self.dtype), targets
         return taken(self._inputs, rows), targets
 
+    def descriptors(self) -> np.ndarray:
+        """Return simple descriptors of this rank's samples, ``(b, d)``; see `hpcdeq.data.descriptors`. Not collective."""
+        parts = []
+        for start in range(0, max(len(self), 1), DESCRIBED):  # without samples too, for the number of columns
+            rows = slice(start, start + DESCRIBED)
+            own = self._inputs.take(rows) if isinstance(self._inputs, GraphArrays) else self._inputs[rows].numpy()
+            parts.append(descriptors_of(own).values)
+        return np.concatenate(parts)
+
 
 def missing_classes(dataset: Dataset, comm: parallel.Comm) -> list[str]:
     """Return the names of the classes that no sample of the split has, on any rank; none for a regression.
@@ -124,20 +136,22 @@ def missing_classes(dataset: Dataset, comm: parallel.Comm) -> list[str]:
     return [name for name, count in zip(dataset.schema.classes, counts, strict=True) if not count]
 
 
-def target_statistics(targets: torch.Tensor, comm: parallel.Comm) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation of each target number over the samples of all ranks, ``(T,)`` float64.
+def column_statistics(numbers: torch.Tensor, comm: parallel.Comm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of each column over the rows of all ranks, ``(T,)`` float64.
 
     Collective on comm.
 
     Parameters
     ----------
-    targets
-        This rank's ``(b, T)`` numbers.
+    numbers
+        This rank's ``(b, T)`` numbers; NaN is not known, and does not count. A column without any is of mean 0 and deviation 0.
     """
-    own = targets.double().cpu().numpy()
-    count = parallel.sum_over_ranks(comm, np.array([float(len(own))]))[0]
-    mean = parallel.sum_over_ranks(comm, own.sum(axis=0)) / count
-    variance = parallel.sum_over_ranks(comm, np.square(own - mean).sum(axis=0)) / count  # two passes: no cancellation
+    own = numbers.double().cpu().numpy()
+    known = np.isfinite(own)
+    count = np.maximum(parallel.sum_over_ranks(comm, known.sum(axis=0).astype(float)), 1.0)
+    mean = parallel.sum_over_ranks(comm, np.where(known, own, 0.0).sum(axis=0)) / count
+    squares = np.square(np.where(known, own - mean, 0.0))  # two passes: no cancellation
+    variance = parallel.sum_over_ranks(comm, squares.sum(axis=0)) / count
     return torch.from_numpy(mean), torch.from_numpy(np.sqrt(variance))
 
 

@@ -160,7 +160,9 @@ class DatasetWriter:
         schema, number = self.schema, len(samples.ids)
         beside = samples.auxiliary.shape
         if beside != (number, len(schema.auxiliary)):
-            raise DataError(f"{self.path}: auxiliary numbers of shape {beside}, of {number} samples and {schema.auxiliary}")
+            raise DataError(
+                f"{self.path}: auxiliary numbers of shape {beside}, of {number} samples and {schema.auxiliary}"
+            )
         found = splits.shape, samples.targets.shape
         if found != ((number,), (number, *schema.target_shape)):
             raise DataError(f"{self.path}: {number} ids, but splits and targets of shapes {found[0]} and {found[1]}")

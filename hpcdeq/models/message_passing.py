@@ -13,6 +13,7 @@ from hpcdeq.data import GraphBatch
 from hpcdeq.data.graphs import BONDS
 from hpcdeq.errors import OptionError
 from hpcdeq.models.blocks import OutputScale, RadialBasis
+from hpcdeq.models.descriptors import DescriptorFeatures
 
 NONE_ALLOWED = {"least": 0}
 SMALL = 1e-3  # of a dipole's length, against those of order one
@@ -199,6 +200,8 @@ class GraphConfig:
         Vectors that the atoms add up to, whose lengths join what is pooled: for molecules with coordinates.
     head
         Units of the hidden layer after pooling.
+    descriptors
+        Features of simple descriptors, such as of the composition, which join what is pooled (`DescriptorFeatures`).
     auxiliary
         Numbers that are learned beside the outputs (set by the data, see `hpcdeq.problem.auxiliary`).
     dropout
@@ -211,6 +214,7 @@ class GraphConfig:
     cutoff: float = 6.0
     dipole: int = field(default=0, metadata=NONE_ALLOWED)
     head: int = 128
+    descriptors: int = field(default=0, metadata=NONE_ALLOWED)
     auxiliary: int = field(default=0, metadata=NONE_ALLOWED)
     dropout: float = 0.0
 
@@ -268,13 +272,17 @@ class Readout(nn.Module):
         super().__init__()
         self.pooling = Pooling(width)
         self.dipole = DipolePooling(width, edge_width, config.dipole) if config.dipole else None
+        self.descriptors = DescriptorFeatures(config.descriptors, config.dropout) if config.descriptors else None
         self.dropout = nn.Dropout(config.dropout)
-        self.head = Head(2 * width + config.dipole, config.head, output_size, config.auxiliary)
+        self.head = Head(2 * width + config.dipole + config.descriptors, config.head, output_size, config.auxiliary)
 
     def forward(self, h: Tensor, edges: Tensor, batch: GraphBatch) -> Tensor:
         """Return ``(B, output_size)`` from ``(n, width)`` atoms and ``(E, edge_width)`` edges."""
         pooled = self.pooling(h, batch)
         if self.dipole is not None:
             pooled = torch.cat([pooled, self.dipole(h, edges, batch)], dim=1)
-        scores: Tensor = self.head(self.dropout(pooled))
+        pooled = self.dropout(pooled)
+        if self.descriptors is not None:  # which leave out some of their own
+            pooled = torch.cat([pooled, self.descriptors(batch)], dim=1)
+        scores: Tensor = self.head(pooled)
         return scores

@@ -5,13 +5,13 @@ In training the model gives them behind its outputs; in application (``model.eva
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hpcdeq import parallel
 from hpcdeq.data import SampleSource
 from hpcdeq.data.batches import Inputs, RowsLike, taken
+from hpcdeq.data.dataset import column_statistics
 from hpcdeq.errors import ShapeError
 from hpcdeq.problem.losses import Loss
 
@@ -26,13 +26,8 @@ def standardised(numbers: Tensor, comm: parallel.Comm) -> Tensor:
     numbers
         This rank's ``(b, A)`` rows; NaN is not known, and stays. A column that is always the same becomes zeros.
     """
-    own = numbers.double().cpu().numpy()
-    known = np.isfinite(own)
-    count = np.maximum(parallel.sum_over_ranks(comm, known.sum(axis=0).astype(float)), 1.0)
-    mean = parallel.sum_over_ranks(comm, np.where(known, own, 0.0).sum(axis=0)) / count
-    square = parallel.sum_over_ranks(comm, np.square(np.where(known, own - mean, 0.0)).sum(axis=0)) / count
-    deviation = np.where(square > 0, np.sqrt(square), 1.0)
-    return torch.from_numpy((own - mean) / deviation).to(numbers)
+    mean, deviation = column_statistics(numbers, comm)
+    return ((numbers.double() - mean) / torch.where(deviation > 0, deviation, 1.0)).to(numbers)
 
 
 class AuxiliarySource:

@@ -1,4 +1,4 @@
-"""Simple descriptors of samples, a row of numbers each: what a baseline is given instead of the sample itself."""
+"""Simple descriptors of samples, a row of numbers each: what a baseline is given instead of the sample, and a model beside it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ PROPERTIES = {
     "molar volume": "molar_volume",
     "melting point": "melting_point",
 }
+# Electrons beyond the last noble gas, and room for more in their shells, by kind of shell (Ward et al. 2016).
+SHELLS = ("s", "p", "d", "f")
+VALENCE = tuple(f"{kind} {shell}" for kind in ("electrons in", "room in") for shell in SHELLS)
+NOBLE = (2, 10, 18, 36, 54, 86)
 STATISTICS = ("mean", "least", "largest", "deviation")
 SHELL = 1.2  # an atom's first shell reaches to its nearest neighbour's distance times this
 PATCHES = 4  # an image is averaged over so many rows and columns of patches
@@ -72,11 +76,32 @@ def element_properties() -> np.ndarray:
     return table
 
 
+@functools.cache
+def valence_electrons() -> np.ndarray:
+    """Return `VALENCE` of the elements by atomic number, ``(119, 8)``; NaN where the structure is not known. Not collective."""
+    from pymatgen.core import Element
+
+    table = np.full((HEAVIEST + 1, len(VALENCE)), np.nan)
+    for number in range(1, HEAVIEST + 1):
+        with contextlib.suppress(KeyError):  # raised for some of the heaviest
+            core = max((noble for noble in NOBLE if noble < number), default=0)
+            closed = Element.from_Z(core).full_electronic_structure if core else []
+            outer = [shell for shell in Element.from_Z(number).full_electronic_structure if shell not in closed]
+            table[number] = 0.0
+            for _, kind, electrons in outer:
+                place = SHELLS.index(kind)
+                table[number, place] += electrons
+                table[number, len(SHELLS) + place] += 2 * (2 * place + 1) - electrons
+    return table
+
+
 def graph_descriptors(graphs: GraphArrays) -> Descriptors:
     """Return the descriptors of graphs of atoms.
 
     Not collective. Composition as in Magpie (Ward et al. 2016, doi:10.1038/npjcompumats.2016.28): fractions of the elements, and
-    mean, least, largest and standard deviation over the atoms of tabulated properties. Structure: statistics of nearest
+    mean, least, largest and standard deviation over the atoms of tabulated properties, of valence electrons and of formal
+    charges. Electrons of the cell: whether their number is odd (of a primitive cell: a metal, or magnetic), and whether open d
+    or f shells are there. Structure: statistics of nearest
     distances, of the neighbours in an atom's first shell (up to 1.2 times its nearest distance), of electronegativity
     differences in that shell, and of the density in the sphere that an atom's neighbours fill. Molecules: bonds of each
     order, an atom and in all; formal charges. Voids are left out. Edges of no length (bonds without coordinates) have no distances.
@@ -92,7 +117,14 @@ def graph_descriptors(graphs: GraphArrays) -> Descriptors:
     properties = element_properties()[number]
     for column, name in enumerate(PROPERTIES):
         columns |= _statistics(name, properties[:, column], owner, count)
+    electrons = valence_electrons()[number]
+    for column, name in enumerate(VALENCE):
+        columns |= _statistics(name, electrons[:, column], owner, count)
+    open_shells = (electrons[:, VALENCE.index("room in d") :] > 0).any(axis=1)
+    columns["open d or f shells"] = np.bincount(owner, open_shells, count) / atoms
+    columns["odd electrons"] = np.bincount(owner, number, count) % 2
     charge = graphs.formal_charge.astype(float)
+    columns |= _statistics("formal charge", charge, owner, count)
     columns["charge"] = np.bincount(owner, charge, count)
     columns["charged atoms"] = np.bincount(owner, charge != 0, count)
     return _table(
@@ -107,7 +139,7 @@ def _edges(
     edge_owner = np.repeat(np.arange(count), np.diff(graphs.edge_offset))
     first = graphs.node_offset[edge_owner]
     target, source = graphs.edge_target + first, graphs.edge_source + first
-    distance = np.linalg.norm(graphs.edge_vector, axis=1)
+    distance = np.sqrt(np.square(graphs.edge_vector).sum(axis=1))
     placed = distance > 0
     target, source, placed_owner, distance = target[placed], source[placed], edge_owner[placed], distance[placed]
     per_atom = segment_statistics(distance, target, nodes)
@@ -185,10 +217,15 @@ def segment_statistics(values: np.ndarray, owner: np.ndarray, count: int) -> np.
     """
     known = ~np.isnan(values)
     values, owner = values[known], owner[known]
+    if (owner[1:] < owner[:-1]).any():
+        order = np.argsort(owner, kind="stable")
+        values, owner = values[order], owner[order]
     number = np.bincount(owner, minlength=count)
     least, largest = np.full(count, np.inf), np.full(count, -np.inf)
-    np.minimum.at(least, owner, values)
-    np.maximum.at(largest, owner, values)
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    if starts.size:
+        least[owner[starts]] = np.minimum.reduceat(values, starts)
+        largest[owner[starts]] = np.maximum.reduceat(values, starts)
     some = np.maximum(number, 1)
     mean = np.bincount(owner, values, count) / some
     deviation = np.sqrt(np.bincount(owner, np.square(values - mean[owner]), count) / some)
