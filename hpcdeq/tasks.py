@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from hpcdeq.data import Dataset
 from hpcdeq.data.dataset import target_statistics
 from hpcdeq.data.schema import SPLITS
 from hpcdeq.data.shards import Shards
+from hpcdeq.data.shares import Shares
 from hpcdeq.errors import DataError, OptionError
 from hpcdeq.models import build_model, model_config
 from hpcdeq.models.blocks import OutputScale
@@ -30,7 +32,8 @@ def read_splits(path: str, dtype: str, comm: parallel.Comm) -> dict[str, Dataset
     DataError
         The file is no good, or has fewer training samples than there are ranks.
     """
-    sets = {split: Dataset(path, split, comm, getattr(torch, dtype)) for split in SPLITS}
+    shares = Shares(Path(path), comm)
+    sets = {split: Dataset(shares, split, comm, getattr(torch, dtype)) for split in SPLITS}
     if sets["train"].count < comm.size:
         raise DataError(
             f"{path} has {sets['train'].count} training samples, the job {comm.size} ranks: run with at most"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +14,27 @@ from hpcdeq.data.batches import GraphBatch, Inputs, RowsLike, graph_arrays, grap
 from hpcdeq.data.graphs import GraphArrays
 from hpcdeq.data.rows import HEAVIEST
 from hpcdeq.data.schema import SPLITS, Schema
-from hpcdeq.data.shards import Shards
+from hpcdeq.data.shares import Shares
 from hpcdeq.errors import DataError
 
 
 class Dataset:
     """This rank's contiguous share of one split of a dataset file.
 
-    Collective on comm. Each rank opens the file for itself and reads its own rows only; nothing is gathered. If any
-    rank finds fault, all raise the same error.
+    Collective on comm. Rank 0 looks at headers and sizes and says where shares begin (`hpcdeq.data.shares`); each rank opens the
+    file for itself and reads its own rows only, once; nothing is gathered. Independent reading needs no MPI in HDF5, and
+    where the MPI-IO driver would only be asked for contiguous independent reads it does the same reads through another
+    layer. If any rank finds fault, all raise the same error.
 
     Parameters
     ----------
     path
-        A dataset file, or a folder of parts.
+        A dataset file, a folder of parts, or the `Shares` of either where several splits are read.
     split
         ``train``, ``validation`` or ``test``.
     comm
-        Over which the samples of the split are shared out; sizes differ by one at most and may be zero.
+        Over which the samples of the split are shared out, equal numbers of arrays, equal costs of graphs; a share may be
+        empty where there are fewer samples than ranks.
     dtype
         Of inputs and of regression targets.
 
@@ -40,8 +44,8 @@ class Dataset:
         What the file says of itself; `schema.count` counts all splits.
     task, input_shape, output_size, count, offset, targets
         See `hpcdeq.data.batches.SampleSource`; ``count`` is the split's.
-    ids
-        This rank's sample names.
+    imbalance
+        Largest cost of a rank's share over their mean.
     usual_chunk_size
         Samples that are best worked on together.
 
@@ -53,29 +57,31 @@ class Dataset:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Shares,
         split: str = "train",
         comm: parallel.Comm = parallel.WORLD,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.path = Path(path)
         self.split = split
         self.dtype = dtype
         with parallel.agreement(comm):
             if split not in SPLITS:
                 raise DataError(f"no split '{split}'; splits are {', '.join(SPLITS)}")
-            shards = Shards(self.path)
-            rows = np.flatnonzero(shards.splits == SPLITS.index(split))
-            share = parallel.own_slice(rows.size, comm.rank, comm.size)
-            samples = shards.read(rows[share])
-        self.schema: Schema = shards.schema
-        self.usual_chunk_size = shards.usual_chunk_size
+        shares = path if isinstance(path, Shares) else Shares(Path(path), comm)
+        self.path = shares.path
+        number = SPLITS.index(split)
+        with parallel.agreement(comm):
+            self._rows = shares.rows(number)
+            samples = shares.shards.read(self._rows, names=False)
+        self._shards = shares.shards
+        self.schema: Schema = self._shards.schema
+        self.usual_chunk_size = self._shards.usual_chunk_size
         self.task = self.schema.task
         self.input_shape = self.schema.sample_shape
         self.output_size = self.schema.output_size
-        self.count = int(rows.size)
-        self.offset = int(share.start)
-        self.ids = list(samples.ids)
+        self.count = int(shares.of[number].numbers[-1])
+        self.offset = shares.own(number).start
+        self.imbalance = shares.of[number].imbalance
         targets = torch.from_numpy(samples.targets)
         self.targets = targets if self.task == "classification" else targets.to(dtype)
         self._inputs: GraphArrays | torch.Tensor
@@ -86,7 +92,12 @@ class Dataset:
 
     def __len__(self) -> int:
         """Return the number of samples of this rank. Not collective."""
-        return len(self.ids)
+        return len(self._rows)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """This rank's sample names, read when they are first asked for."""
+        return self._shards.names(self._rows)
 
     def batch(self, rows: RowsLike) -> tuple[Inputs, torch.Tensor]:
         """Return inputs and targets of some of this rank's samples.
