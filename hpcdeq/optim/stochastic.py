@@ -236,7 +236,7 @@ class MinibatchRun:
         self._update.step(torch.from_numpy(gradient).to(self._block.dtype), self._rate)
         self._steps += 1
         if self.problem.comm.size > 1 or self._x.device != self._block.device:
-            self._x = self.problem.layout.gather(self._block.double().numpy()).to(self._x)
+            self._x = self.problem.layout.gather(self._block.numpy()).to(self._x)
         else:
             self._x = self._block  # a copy a step takes as long as the update
 
