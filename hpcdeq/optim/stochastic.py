@@ -186,6 +186,7 @@ class MinibatchRun:
         if not np.isfinite(loss):
             raise initial_loss_error(loss)
         self.recorder.emit(0, x0, loss, float(gradient.norm()), None)
+        del gradient  # a whole vector, for all of the run
         self._block = x0[problem.layout.owned].detach().to("cpu", copy=True)
         self._update: _Update = _UPDATES[self.method](self.method, self._block, self.settings)
         self._total = max_iterations * math.ceil(problem.dataset.count / self.batch_size)
