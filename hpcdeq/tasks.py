@@ -16,9 +16,11 @@ from hpcdeq.data.schema import SPLITS
 from hpcdeq.data.shards import Shards
 from hpcdeq.data.shares import Shares
 from hpcdeq.errors import DataError, OptionError
+from hpcdeq.methods import MINIBATCH, TORCH_LBFGS
 from hpcdeq.models import build_model, model_config
 from hpcdeq.models.blocks import OutputScale
 from hpcdeq.problem import L1, LOSSES, CrossEntropy, JacobianPenalty, TrainingProblem
+from hpcdeq.problem.chunks import GIB, fitting_chunk_size
 from hpcdeq.problem.terms import Term
 
 
@@ -57,7 +59,7 @@ def resolved(config: TrainConfig, data: Dataset | Shards) -> TrainConfig:
 def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tuple[TrainConfig, TrainingProblem]:
     """Return the configuration as `resolved`, and what is to be minimised.
 
-    Collective on comm.
+    Collective on comm. Where memory is bounded, the chunk size is one that fits, and is part of the configuration.
 
     Raises
     ------
@@ -98,7 +100,13 @@ def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tu
         warm_start=config.warm_start,
         adaptive=config.adaptive,
         on_failure=config.on_failure,
+        memory_limit=None if config.memory_per_rank is None else int(config.memory_per_rank * GIB),
     )
+    if config.memory_per_rank is not None:
+        products = config.optimizer not in (*MINIBATCH, TORCH_LBFGS)
+        size = fitting_chunk_size(problem, train.costs, config.memory_per_rank * GIB, products=products)
+        problem.visits.chunk_size = size
+        config = dataclasses.replace(config, chunk_size=size)
     return config, problem
 
 

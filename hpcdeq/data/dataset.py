@@ -14,7 +14,7 @@ from hpcdeq.data.batches import GraphBatch, Inputs, RowsLike, graph_arrays, grap
 from hpcdeq.data.graphs import GraphArrays
 from hpcdeq.data.rows import HEAVIEST
 from hpcdeq.data.schema import SPLITS, Schema
-from hpcdeq.data.shares import Shares
+from hpcdeq.data.shares import Shares, sample_costs
 from hpcdeq.errors import DataError
 
 
@@ -93,6 +93,13 @@ class Dataset:
     def __len__(self) -> int:
         """Return the number of samples of this rank. Not collective."""
         return len(self._rows)
+
+    @property
+    def costs(self) -> np.ndarray:
+        """What each of this rank's samples costs, ``(b,)`` in the units that shares are made by."""
+        if isinstance(self._inputs, GraphArrays):
+            return sample_costs(np.diff(self._inputs.node_offset), np.diff(self._inputs.edge_offset))
+        return np.ones(len(self), np.int64)
 
     @cached_property
     def ids(self) -> list[str]:
