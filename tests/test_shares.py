@@ -82,7 +82,7 @@ def uneven_file(path: Path, heavy: int, count: int = 23) -> SampleRows:
     """Write graphs in all three splits, scattered, sample ``heavy`` as costly as all others together."""
     small = graph_rows(count)
     assert isinstance(small.inputs, GraphArrays)
-    nodes, edges = 30, 300
+    nodes, edges = 100, 2000
     random = np.random.default_rng(5)
     large = GraphArrays(
         np.array([0, nodes]),

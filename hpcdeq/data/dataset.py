@@ -22,9 +22,11 @@ class Dataset:
     """This rank's contiguous share of one split of a dataset file.
 
     Collective on comm. Rank 0 looks at headers and sizes and says where shares begin (`hpcdeq.data.shares`); each rank opens the
-    file for itself and reads its own rows only, once; nothing is gathered. Independent reading needs no MPI in HDF5, and
-    where the MPI-IO driver would only be asked for contiguous independent reads it does the same reads through another
-    layer. If any rank finds fault, all raise the same error.
+    file for itself and reads its own rows only, once; nothing is gathered. If any rank finds fault, all raise the same error.
+
+    Files are opened independently even where HDF5 has MPI: what a rank reads are a few long stretches that no other rank
+    asks for, which collective buffering has nothing to merge in, and the MPI-IO driver would make every failure to read a
+    collective one.
 
     Parameters
     ----------

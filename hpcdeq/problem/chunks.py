@@ -53,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
                 if key not in self._known and key not in given:
                     self._known.add(key)
                     self._now += storage.nbytes()
-                    weakref.finalize(storage, self._gone, key, storage.nbytes())
+                    weakref.finalize(storage, self._gone, key, storage.nbytes()).atexit = False
         self.peak = max(self.peak, self._now)
         return made
 
