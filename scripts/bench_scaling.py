@@ -193,19 +193,23 @@ def job(ranks: int, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def fitted(runs: list[dict[str, Any]], cores: int) -> dict[str, tuple[float, float]]:
-    """Return latency (s a step) and seconds a byte of each kind of collective, from jobs that have a core a rank."""
+    """Return latency (s a step) and seconds a byte of each kind of collective.
+
+    Of jobs that have a core a rank; where there is none, of the smallest with several ranks, which says less.
+    """
+    usable = [run for run in runs[1:] if run["ranks"] <= cores] or runs[1:2]
     model = {}
     for kind in KINDS:
-        rows, values = [], []
-        for run in runs:
-            if 1 < run["ranks"] <= cores:
-                for found in run["collectives"]:
-                    if found["kind"] == kind:
-                        steps, part = math.ceil(math.log2(run["ranks"])), 1 - 1 / run["ranks"]
-                        # Relative errors count: short ones tell of the latency, long ones of the bandwidth.
-                        rows.append(np.array([steps, part * found["bytes"]]) / found["seconds"])
-                        values.append(1.0)
-        solution = np.linalg.lstsq(np.array(rows), np.array(values), rcond=None)[0] if rows else np.zeros(2)
+        rows = []
+        for run in usable:
+            steps, part = math.ceil(math.log2(run["ranks"])), 1 - 1 / run["ranks"]
+            # Relative errors count: short ones tell of the latency, long ones of the bandwidth.
+            rows += [
+                np.array([steps, part * found["bytes"]]) / found["seconds"]
+                for found in run["collectives"]
+                if found["kind"] == kind
+            ]
+        solution = np.linalg.lstsq(np.array(rows), np.ones(len(rows)), rcond=None)[0]
         model[kind] = (max(float(solution[0]), 0.0), max(float(solution[1]), 0.0))
     return model
 
@@ -270,7 +274,10 @@ def show(options: argparse.Namespace, sizes: list[int], folder: Path) -> list[di
         print(
             f"  an iteration of {method}: {counts}, {size:.0f} bytes, {told['petsc'] / steps:.1f} reductions of PETSc's"
         )
-    print("\nfitted                latency (us a step)   bandwidth (GB/s)")
+    entering = [str(size) for size in sizes[1:] if size <= cores] or [f"{sizes[1]}, for want of cores"]
+    print(
+        f"\nfitted to collectives on {', '.join(entering)} ranks\n                      latency (us a step)   bandwidth (GB/s)"
+    )
     for kind, (latency, rate) in model.items():
         print(f"  {kind:<16}{1e6 * latency:20.1f}{1e-9 / rate if rate else float('nan'):19.2f}")
         table.append({"table": "fit", "kind": kind, "latency": latency, "seconds_a_byte": rate})

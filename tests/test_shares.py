@@ -215,7 +215,7 @@ def test_loss_and_derivatives_do_not_depend_on_the_shares(shared_tmp_path: Path,
     path = shared_tmp_path / "uneven.h5"
     on_root(comm, lambda: uneven_file(path, heavy))
     values = []
-    for over in (parallel.SELF, comm):
+    for over in (parallel.SELF, comm, comm):
         data = Dataset(path, "train", over)
         model = build_model(
             "cgcnn", model_config("cgcnn", {}), "graph", (), 3, seed=1, dtype=torch.float64, device="cpu"
@@ -229,5 +229,6 @@ def test_loss_and_derivatives_do_not_depend_on_the_shares(shared_tmp_path: Path,
         evaluation = problem.evaluate(p, Dataset(path, "test", over))
         numbers = torch.tensor([loss, part, evaluation.loss, evaluation.metric], dtype=torch.float64)
         values.append((numbers, gradient, part_gradient, product))
-    for alone, shared in zip(*values, strict=True):
+    for alone, shared, again in zip(*values, strict=True):
         assert float((alone - shared).norm()) <= 1e-12 * float(alone.norm())
+        assert torch.equal(shared, again)
