@@ -65,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
 def fitting_chunk_size(problem: TrainingProblem, costs: np.ndarray, budget: float, *, products: bool) -> int:
     """Return the largest chunk size, at most the problem's own, whose work fits into a rank's memory on every rank.
 
-    Collective on the problem's comm. Whatever samples come together: the costliest of each rank are taken to.
+    Collective on the problem's comm. Whichever samples come together, the costliest of each rank are taken to.
 
     Parameters
     ----------

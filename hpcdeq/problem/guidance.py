@@ -128,14 +128,14 @@ class Guidance:
 
     def _mixture(self, p: Tensor) -> Tensor | None:
         """Return the coefficients of p - point in the directions, None where it is not made of them."""
-        if self._point is None or not self._directions:
+        if self._point is None or not self._directions or p.shape != self._point.shape:
             return None
         owned, comm = self._layout.owned, self._layout.comm
         step = (p[owned] - self._point[owned]).to("cpu", torch.float64)
         rows = torch.stack([*self._directions, step])
         gram = torch.from_numpy(parallel.sum_over_ranks(comm, (rows @ rows.T).numpy()))
         norms = gram.diagonal().sqrt()
-        if not (norms > 0).all():
+        if not ((norms > 0) & norms.isfinite()).all():
             return None
         gram = gram / norms / norms[:, None]
         mix = torch.linalg.lstsq(gram[:-1, :-1], gram[:-1, -1:], driver="gelsd").solution[:, 0]
