@@ -37,7 +37,7 @@ LENGTHS = (4, 1_000, 30_000, 1_000_000)  # numbers in a collective that is timed
 KINDS = ("allreduce", "allgather", "reduce_scatter")
 PETSC_REDUCTIONS = ("VecDot", "VecTDot", "VecNorm", "VecMDot", "VecReduceComm")
 NODES, NEIGHBOURS = 26, 12  # of random graphs, in the mean; as crystals
-TARGET_RANKS, TARGET_WEIGHTS, TARGET_SAMPLES = 4096, 10**8, 10**8
+TARGET_RANKS, TARGET_WEIGHTS, TARGET_SAMPLES = 4096, 10**8, 10**6
 
 ASSUMPTIONS = """\
 What the projection assumes: samples distributed like those measured; the same time a unit of cost on every core, in proportion to
@@ -237,17 +237,17 @@ def projected(
 ) -> list[dict[str, Any]]:
     """Return the projection for several numbers of ranks, the data set's samples repeated as often as it takes."""
     rate = base["seconds"] / costs.sum()
-    per_weight = TARGET_WEIGHTS / base["weights"]
     table = []
-    for ranks in (64, 512, TARGET_RANKS):
-        # Shares of so many samples are even but for a sample at either end.
-        share = costs.mean() * TARGET_SAMPLES / ranks + float(costs.max())
-        compute = rate * per_weight * share
-        sizes = {k: v * (per_weight if k != "allreduce" else 1) for k, v in counted["bytes"].items()}
-        talk = communication(model, counted["calls"], sizes, ranks)
-        row = {"table": "projection", "network": name, "ranks": ranks, "compute": compute, "communication": talk}
-        ideal = rate * per_weight * costs.mean() * TARGET_SAMPLES / ranks
-        table.append(row | {"efficiency": ideal / (compute + talk)})
+    for weights in (base["weights"], TARGET_WEIGHTS):
+        scale = weights / base["weights"]
+        for ranks in (64, 512, TARGET_RANKS):
+            # Shares of so many samples are even but for a sample at either end.
+            mean = float(costs.mean()) * TARGET_SAMPLES / ranks
+            compute = rate * scale * (mean + float(costs.max()))
+            sizes = {k: v * (scale if k != "allreduce" else 1) for k, v in counted["bytes"].items()}
+            talk = communication(model, counted["calls"], sizes, ranks)
+            row = {"table": "projection", "network": name, "weights": weights, "ranks": ranks, "compute": compute}
+            table.append(row | {"communication": talk, "efficiency": rate * scale * mean / (compute + talk)})
     return table
 
 
@@ -305,13 +305,13 @@ def show(options: argparse.Namespace, sizes: list[int], folder: Path) -> list[di
         print(f"{ranks:22}{count:9}{weak[-1]['seconds']:9.3f}{efficiency:12.3f}", flush=True)
         table.append({"table": "weak", "ranks": ranks, "samples": count, "seconds": weak[-1]["seconds"]})
     given = dict.fromkeys(KINDS, (options.latency, 1 / options.bandwidth))
-    print(f"\nprojected: {TARGET_SAMPLES:.0e} samples, {TARGET_WEIGHTS:.0e} weights, an evaluation")
-    print("  network                              ranks  compute (s)  communication (s)  efficiency")
+    print(f"\nprojected: an evaluation of {TARGET_SAMPLES:.0e} samples")
+    print("  network                              weights  ranks  compute (s)  communication (s)  efficiency")
     names = {"as fitted here, in shared memory": model, "as --latency and --bandwidth say": given}
     for name, network in names.items():
         for row in projected(costs, base, network, strong[-1], name):
             print(
-                f"  {name:<36}{row['ranks']:6}{row['compute']:13.2f}{row['communication']:19.3f}{row['efficiency']:12.3f}"
+                f"  {name:<36}{row['weights']:8.0e}{row['ranks']:7}{row['compute']:13.2f}{row['communication']:19.3f}{row['efficiency']:12.3f}"
             )
             table.append(row)
     print("\n" + ASSUMPTIONS)
