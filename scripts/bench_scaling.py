@@ -311,7 +311,8 @@ def show(options: argparse.Namespace, sizes: list[int], folder: Path) -> list[di
     for name, network in names.items():
         for row in projected(costs, base, network, strong[-1], name):
             print(
-                f"  {name:<36}{row['weights']:8.0e}{row['ranks']:7}{row['compute']:13.2f}{row['communication']:19.3f}{row['efficiency']:12.3f}"
+                f"  {name:<36}{row['weights']:8.0e}{row['ranks']:7}{row['compute']:13.2f}"
+                f"{row['communication']:19.3f}{row['efficiency']:12.3f}"
             )
             table.append(row)
     print("\n" + ASSUMPTIONS)
