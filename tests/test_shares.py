@@ -48,8 +48,11 @@ def test_a_heavy_tailed_distribution_is_shared_out_evenly(ranks: int) -> None:
     np.testing.assert_array_equal(found.costs, by_hand)
     assert found.numbers[0] == 0 and found.numbers[-1] == len(costs)
     assert found.imbalance == by_hand.max() / by_hand.mean() <= 1.1
-    # A boundary is off by half a sample at most.
-    assert np.abs(np.cumsum(by_hand)[:-1] - costs.sum() * np.arange(1, ranks) / ranks).max() <= costs.max() / 2 + 1
+    # No other boundary is nearer to its part of the whole.
+    reached = np.concatenate([[0], np.cumsum(costs)])
+    wanted = int(costs.sum()) * np.arange(1, ranks) // ranks
+    off = np.abs(reached[found.numbers[1:-1]] - wanted)
+    np.testing.assert_array_equal(off, np.abs(reached[:, None] - wanted).min(axis=0))
 
 
 @pytest.mark.parametrize("blocks", [2, 7, 100])
