@@ -86,6 +86,8 @@ class TrainConfig:
         ``cpu`` or ``cuda``.
     chunk_size
         Samples that a rank works on together; None: 512, of graphs as many as have 16,384 edges.
+    memory_per_rank
+        GiB that a rank may hold: chunks are made smaller where they need more; None: no bound.
     on_failure
         What becomes of samples whose fixed point is not found: ``raise``, ``warn`` or ``mask``.
     warm_start
@@ -120,6 +122,7 @@ class TrainConfig:
     dtype: str = "float64"
     device: str = "cpu"
     chunk_size: int | None = None
+    memory_per_rank: float | None = None
     on_failure: str = "raise"
     warm_start: bool = True
     adaptive: bool = True
@@ -137,7 +140,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise OptionError(f"{name} is {value}: give {least} or more")
-        for name in ("max_seconds", "learning_rate"):
+        for name in ("max_seconds", "learning_rate", "memory_per_rank"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise OptionError(f"{name} is {value}: give a number above 0")

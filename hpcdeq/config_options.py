@@ -95,6 +95,12 @@ def add_settings(parser: CommandParser) -> None:
         " losses and all metrics are of the data alone",
     )
     parser.add_argument("--chunk-size", type=int, metavar="N", help="samples worked on together (default by the data)")
+    parser.add_argument(
+        "--memory-per-rank",
+        type=float,
+        metavar="GIB",
+        help="a rank holds no more: samples worked on together become fewer where they need more (default: no bound)",
+    )
     parser.add_argument("--dtype", metavar="float32|float64", help="default float64")
     parser.add_argument("--device", metavar="cpu|cuda", help="default cpu")
     parser.add_argument(

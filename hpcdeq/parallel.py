@@ -12,8 +12,10 @@ import os
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import TypeVar, cast
 
@@ -30,6 +32,47 @@ WORLD: Comm = MPI.COMM_WORLD
 SELF: Comm = MPI.COMM_SELF
 
 
+@dataclass
+class Traffic:
+    """What one rank has handed to collectives, by their kind.
+
+    Attributes
+    ----------
+    calls
+        How often each kind was called.
+    bytes
+        Of the arrays that they worked on: of a sum its array, of a gathered or scattered vector the whole; of Python objects
+        their pickled size.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+
+
+_traffic: list[Traffic] = []  # those that count at present
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Traffic]:
+    """Count what this rank hands to collectives inside a ``with`` block. Not collective.
+
+    PETSc's own reductions (inner products and norms of its vectors) are not among them: PETSc counts those.
+    """
+    own = Traffic()
+    _traffic.append(own)
+    try:
+        yield own
+    finally:
+        _traffic.remove(own)
+
+
+def _count(kind: str, content: object) -> None:
+    for traffic in _traffic:
+        traffic.calls[kind] += 1
+        size = content.nbytes if isinstance(content, np.ndarray) else len(MPI.pickle.dumps(content))
+        traffic.bytes[kind] += size
+
+
 def sum_over_ranks(comm: Comm, values: np.ndarray) -> np.ndarray:
     """Return the element-wise sum of every rank's array.
 
@@ -38,6 +81,7 @@ def sum_over_ranks(comm: Comm, values: np.ndarray) -> np.ndarray:
     total = np.ascontiguousarray(values)
     if comm.size > 1:
         total = total.copy()
+        _count("allreduce", total)
         comm.Allreduce(MPI.IN_PLACE, total, op=MPI.SUM)
     return total
 
@@ -55,18 +99,30 @@ def sum_or_raise(comm: Comm, values: np.ndarray, error: BaseException | None) ->
     return total[:-1]
 
 
+def _extreme(comm: Comm, value: float, op: MPI.Op) -> float:
+    """Return the largest or least of every rank's numbers, as they are: no object is packed."""
+    if comm.size == 1:
+        return value
+    found = np.array([value], np.float64)
+    _count("allreduce", found)
+    comm.Allreduce(MPI.IN_PLACE, found, op=op)
+    return float(found[0])
+
+
 def max_over_ranks(comm: Comm, value: float) -> float:
     """Return the largest of every rank's numbers. Collective on comm."""
-    return comm.allreduce(value, op=MPI.MAX)
+    return _extreme(comm, value, MPI.MAX)
 
 
 def any_rank(comm: Comm, flag: bool) -> bool:
     """Say whether the flag is set on any rank. Collective on comm."""
-    return bool(comm.allreduce(int(flag), op=MPI.MAX))
+    return bool(_extreme(comm, float(flag), MPI.MAX))
 
 
 def from_root(comm: Comm, value: T) -> T:
     """Return rank 0's value on every rank. Collective on comm."""
+    if comm.size > 1:
+        _count("broadcast", value)
     return comm.bcast(value, root=0)
 
 
@@ -81,14 +137,15 @@ def counts_of_ranks(comm: Comm, count: int) -> list[int]:
 
 
 def gather_blocks(comm: Comm, block: np.ndarray, sizes: list[int], out: np.ndarray) -> np.ndarray:
-    """Join every rank's block of float64 into ``out``, the same on all ranks.
+    """Join every rank's block of floating numbers into ``out``, the same on all ranks.
 
-    Collective on comm. ``sizes`` are the block lengths in rank order; ``out`` has their sum.
+    Collective on comm. ``sizes`` are the block lengths in rank order; ``out`` has their sum, and the blocks' type.
     """
     if comm.size == 1:
         out[:] = block
         return out
-    comm.Allgatherv([np.ascontiguousarray(block), MPI.DOUBLE], [out, sizes, MPI.DOUBLE])
+    _count("allgather", out)
+    comm.Allgatherv(np.ascontiguousarray(block), [out, sizes])
     return out
 
 
@@ -100,6 +157,7 @@ def sum_and_scatter(comm: Comm, values: np.ndarray, sizes: list[int]) -> np.ndar
     if comm.size == 1:
         return values.copy()
     out = np.empty(sizes[comm.rank])
+    _count("reduce_scatter", values)
     comm.Reduce_scatter([np.ascontiguousarray(values), MPI.DOUBLE], [out, MPI.DOUBLE], recvcounts=sizes, op=MPI.SUM)
     return out
 
@@ -116,7 +174,7 @@ def agree(comm: Comm, error: BaseException | None) -> None:
         The agreed error, its ``agreed`` set; an error of another class becomes a `RankError`. On a single rank, the error
         itself.
     """
-    first = comm.allreduce(comm.rank if error is not None else comm.size, op=MPI.MIN)
+    first = int(_extreme(comm, comm.rank if error is not None else comm.size, MPI.MIN))
     if first == comm.size:
         return
     if comm.size == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,12 +14,15 @@ from hpcdeq.data import Dataset, SampleSource
 from hpcdeq.data.dataset import column_statistics
 from hpcdeq.data.schema import SPLITS
 from hpcdeq.data.shards import Shards
+from hpcdeq.data.shares import Shares
 from hpcdeq.errors import DataError, OptionError
+from hpcdeq.methods import MINIBATCH, TORCH_LBFGS
 from hpcdeq.models import build_model, model_config
 from hpcdeq.models.blocks import OutputScale
 from hpcdeq.models.descriptors import DescriptorFeatures
 from hpcdeq.problem import L1, LOSSES, CrossEntropy, JacobianPenalty, Loss, TrainingProblem
 from hpcdeq.problem.auxiliary import AuxiliarySource, WithAuxiliary, standardised
+from hpcdeq.problem.chunks import GIB, fitting_chunk_size
 from hpcdeq.problem.terms import Term
 
 
@@ -32,7 +36,8 @@ def read_splits(path: str, dtype: str, comm: parallel.Comm) -> dict[str, Dataset
     DataError
         The file is no good, or has fewer training samples than there are ranks.
     """
-    sets = {split: Dataset(path, split, comm, getattr(torch, dtype)) for split in SPLITS}
+    shares = Shares(Path(path), comm)
+    sets = {split: Dataset(shares, split, comm, getattr(torch, dtype)) for split in SPLITS}
     if sets["train"].count < comm.size:
         raise DataError(
             f"{path} has {sets['train'].count} training samples, the job {comm.size} ranks: run with at most"
@@ -78,7 +83,7 @@ def resolved(config: TrainConfig, data: Dataset | Shards) -> TrainConfig:
 def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tuple[TrainConfig, TrainingProblem]:
     """Return the configuration as `resolved`, and what is to be minimised.
 
-    Collective on comm.
+    Collective on comm. Where memory is bounded, the chunk size is one that fits, and is part of the configuration.
 
     Raises
     ------
@@ -123,7 +128,13 @@ def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tu
         warm_start=config.warm_start,
         adaptive=config.adaptive,
         on_failure=config.on_failure,
+        memory_limit=None if config.memory_per_rank is None else int(config.memory_per_rank * GIB),
     )
+    if config.memory_per_rank is not None:
+        products = config.optimizer not in (*MINIBATCH, TORCH_LBFGS)
+        size = fitting_chunk_size(problem, train.costs, config.memory_per_rank * GIB, products=products)
+        problem.visits.chunk_size = size
+        config = dataclasses.replace(config, chunk_size=size)
     return config, problem
 
 

@@ -178,6 +178,10 @@ class Training:
                 self.directory.write_text("config.toml", as_toml(self.config))
                 self.directory.write_json("environment.json", environment(self.comm, self.config.seed))
         self._say(self._headline())
+        if self.config.memory_per_rank is not None:
+            self._say(
+                f"memory     {self.config.memory_per_rank:g} GiB a rank: chunks of {self.config.chunk_size} samples\n"
+            )
         absent = missing_classes(self.sets["train"], self.comm)
         if absent:
             self._say(

@@ -78,6 +78,35 @@ def test_gather_blocks_joins_uneven_blocks_in_rank_order(comm: Comm) -> None:
 
 
 @EVERY
+def test_gather_blocks_keeps_single_precision(comm: Comm) -> None:
+    block = np.full(2, comm.rank + 0.1, np.float32)
+    out = parallel.gather_blocks(comm, block, [2] * comm.size, np.empty(2 * comm.size, np.float32))
+    np.testing.assert_array_equal(out, np.repeat(np.arange(comm.size) + 0.1, 2).astype(np.float32))
+
+
+@EVERY
+def test_traffic_is_counted_where_it_is_asked_for(comm: Comm) -> None:
+    sizes = [2] * comm.size
+    with parallel.counted() as outer:
+        parallel.sum_over_ranks(comm, np.zeros(3))
+        with parallel.counted() as traffic:
+            parallel.sum_over_ranks(comm, np.zeros((2, 3)))
+            parallel.any_rank(comm, False)
+            parallel.agree(comm, None)
+            whole = parallel.gather_blocks(comm, np.zeros(2), sizes, np.empty(2 * comm.size))
+            parallel.sum_and_scatter(comm, whole, sizes)
+            parallel.from_root(comm, "word")
+    parallel.sum_over_ranks(comm, np.zeros(3))
+    if comm.size == 1:
+        assert not traffic.calls and not outer.bytes
+        return
+    assert traffic.calls == {"allreduce": 3, "allgather": 1, "reduce_scatter": 1, "broadcast": 1}
+    told = traffic.bytes.pop("broadcast")
+    assert traffic.bytes == {"allreduce": 48 + 8 + 8, "allgather": 16 * comm.size, "reduce_scatter": 16 * comm.size}
+    assert 4 <= told < 100 and outer.calls["allreduce"] == 4 and outer.bytes["allreduce"] == 24 + 64
+
+
+@EVERY
 def test_gather_blocks_takes_a_strided_block(comm: Comm) -> None:
     block = np.array([1.0, -1.0, 2.0, -1.0])[::2]
     out = parallel.gather_blocks(comm, block, [2] * comm.size, np.empty(2 * comm.size))

@@ -275,10 +275,11 @@ def _differences(former: dict[str, object], wanted: TrainConfig) -> list[str]:
     from hpcdeq.report import flat
 
     there, here = flat(dataclasses.asdict(TrainConfig(**former))), flat(dataclasses.asdict(wanted))  # type: ignore[arg-type]
+    fitted = {"chunk_size"} if wanted.memory_per_rank is not None else set()  # to the memory, by the run itself
     return [
         f"{name} {_told(there.get(name))} there and {_told(here.get(name))} here"
         for name in {**here, **there}
-        if there.get(name) != here.get(name)
+        if name not in fitted and there.get(name) != here.get(name)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hpcdeq.data.descriptors import descriptors_of
 from hpcdeq.data.graphs import GraphArrays
 from hpcdeq.data.rows import HEAVIEST
 from hpcdeq.data.schema import SPLITS, Schema
-from hpcdeq.data.shards import Shards
+from hpcdeq.data.shares import Shares, sample_costs
 from hpcdeq.errors import DataError
 
 DESCRIBED = 1024  # samples whose descriptors are computed together, which bounds the memory
@@ -23,17 +24,22 @@ DESCRIBED = 1024  # samples whose descriptors are computed together, which bound
 class Dataset:
     """This rank's contiguous share of one split of a dataset file.
 
-    Collective on comm. Each rank opens the file for itself and reads its own rows only; nothing is gathered. If any
-    rank finds fault, all raise the same error.
+    Collective on comm. Rank 0 looks at headers and sizes and says where shares begin (`hpcdeq.data.shares`); each rank opens the
+    file for itself and reads its own rows only, once; nothing is gathered. If any rank finds fault, all raise the same error.
+
+    Files are opened independently even where HDF5 has MPI: what a rank reads are a few long stretches that no other rank
+    asks for, which collective buffering has nothing to merge in, and the MPI-IO driver would make every failure to read a
+    collective one.
 
     Parameters
     ----------
     path
-        A dataset file, or a folder of parts.
+        A dataset file, a folder of parts, or the `Shares` of either where several splits are read.
     split
         ``train``, ``validation`` or ``test``.
     comm
-        Over which the samples of the split are shared out; sizes differ by one at most and may be zero.
+        Over which the samples of the split are shared out, equal numbers of arrays, equal costs of graphs; a share may be
+        empty where there are fewer samples than ranks.
     dtype
         Of inputs and of regression targets.
 
@@ -43,10 +49,10 @@ class Dataset:
         What the file says of itself; `schema.count` counts all splits.
     task, input_shape, output_size, count, offset, targets
         See `hpcdeq.data.batches.SampleSource`; ``count`` is the split's.
-    ids
-        This rank's sample names.
     auxiliary
         ``(b, A)`` numbers that may be learned beside the targets; NaN where a sample has none.
+    imbalance
+        Largest cost of a rank's share over their mean.
     usual_chunk_size
         Samples that are best worked on together.
 
@@ -58,30 +64,32 @@ class Dataset:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Shares,
         split: str = "train",
         comm: parallel.Comm = parallel.WORLD,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.path = Path(path)
         self.split = split
         self.dtype = dtype
         with parallel.agreement(comm):
             if split not in SPLITS:
                 raise DataError(f"no split '{split}'; splits are {', '.join(SPLITS)}")
-            shards = Shards(self.path)
-            rows = np.flatnonzero(shards.splits == SPLITS.index(split))
-            share = parallel.own_slice(rows.size, comm.rank, comm.size)
-            samples = shards.read(rows[share])
-        self.schema: Schema = shards.schema
-        self.usual_chunk_size = shards.usual_chunk_size
+        shares = path if isinstance(path, Shares) else Shares(Path(path), comm)
+        self.path = shares.path
+        number = SPLITS.index(split)
+        with parallel.agreement(comm):
+            self._rows = shares.rows(number)
+            samples = shares.shards.read(self._rows, names=False)
+        self._shards = shares.shards
+        self.schema: Schema = self._shards.schema
+        self.usual_chunk_size = self._shards.usual_chunk_size
         self.task = self.schema.task
         self.input_shape = self.schema.sample_shape
         self.output_size = self.schema.output_size
-        self.count = int(rows.size)
-        self.offset = int(share.start)
-        self.ids = list(samples.ids)
         self.auxiliary = torch.from_numpy(samples.auxiliary).to(dtype)
+        self.count = int(shares.of[number].numbers[-1])
+        self.offset = shares.own(number).start
+        self.imbalance = shares.of[number].imbalance
         targets = torch.from_numpy(samples.targets)
         self.targets = targets if self.task == "classification" else targets.to(dtype)
         self._inputs: GraphArrays | torch.Tensor
@@ -92,7 +100,19 @@ class Dataset:
 
     def __len__(self) -> int:
         """Return the number of samples of this rank. Not collective."""
-        return len(self.ids)
+        return len(self._rows)
+
+    @property
+    def costs(self) -> np.ndarray:
+        """What each of this rank's samples costs, ``(b,)`` in the units that shares are made by."""
+        if isinstance(self._inputs, GraphArrays):
+            return sample_costs(np.diff(self._inputs.node_offset), np.diff(self._inputs.edge_offset))
+        return np.ones(len(self), np.int64)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """This rank's sample names, read when they are first asked for."""
+        return self._shards.names(self._rows)
 
     def batch(self, rows: RowsLike) -> tuple[Inputs, torch.Tensor]:
         """Return inputs and targets of some of this rank's samples.

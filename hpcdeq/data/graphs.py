@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -122,18 +122,24 @@ def no_graphs() -> GraphArrays:
     return GraphArrays(zero, np.empty(0, np.uint8), zero.copy(), indices, indices.copy(), np.empty((0, 3)))
 
 
-def join_graphs(parts: Sequence[GraphArrays]) -> GraphArrays:
+def join_graphs(parts: Sequence[GraphArrays], joined: Mapping[str, np.ndarray] | None = None) -> GraphArrays:
     """Lay several sets of graphs end to end.
 
-    Not collective.
+    Not collective. Where all arrays but the offsets lie so in memory already, ``joined`` are these, by name.
     """
     if len(parts) < 2:
         return parts[0] if parts else no_graphs()
-    filled = [part for part in parts if len(part.atomic_number)] or parts[:1]  # what is empty has no conformers either
+    if joined is None:
+        filled = [part for part in parts if len(part.atomic_number)] or parts[
+            :1
+        ]  # what is empty has no conformers either
+        joined = {
+            name: np.concatenate([getattr(part, name) for part in filled]) for name in (*NODE_FIELDS, *EDGE_FIELDS)
+        }
     return GraphArrays(
         node_offset=_join_offsets([part.node_offset for part in parts]),
         edge_offset=_join_offsets([part.edge_offset for part in parts]),
-        **{name: np.concatenate([getattr(part, name) for part in filled]) for name in (*NODE_FIELDS, *EDGE_FIELDS)},
+        **joined,
     )
 
 

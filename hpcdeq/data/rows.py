@@ -10,7 +10,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpcdeq.data.graphs import BONDS, NODE_FIELDS, NONE, GraphArrays, Rows, join_graphs, no_graphs
+from hpcdeq.data.graphs import BONDS, EDGE_FIELDS, NODE_FIELDS, NONE, GraphArrays, Rows, join_graphs, no_graphs
+from hpcdeq.data.room import Room
 from hpcdeq.data.schema import AUXILIARY, REMEDY, Schema, reading
 from hpcdeq.errors import DataError
 
@@ -24,30 +25,33 @@ class SampleRows:
     Attributes
     ----------
     ids
-        ``b`` names.
+        ``b`` names; none where they were not asked for.
     targets
         ``(b,)`` int64 labels, or ``(b, T)`` float64.
     inputs
-        ``(b, ...)`` float64, or the graphs.
+        ``(b, ...)`` floating numbers, or the graphs.
     auxiliary
         ``(b, A)`` float64, NaN for what a sample has not; by default A = 0.
+    finite
+        Whether all numbers of the inputs are known to be finite.
     """
 
     ids: Sequence[str]
     targets: np.ndarray
     inputs: np.ndarray | GraphArrays
     auxiliary: np.ndarray = field(default_factory=lambda: NONE)
+    finite: bool = False
 
     def __post_init__(self) -> None:
         """Fill in what is not given."""
         if self.auxiliary is NONE:
-            object.__setattr__(self, "auxiliary", np.empty((len(self.ids), 0)))
+            object.__setattr__(self, "auxiliary", np.empty((len(self.targets), 0)))
 
     def take(self, rows: Rows) -> SampleRows:
         """Return some of the rows, in the order of ``rows``. Not collective."""
-        ids = np.array(self.ids, dtype=object)[rows].tolist()
+        ids = np.array(self.ids, dtype=object)[rows].tolist() if len(self.ids) else []
         inputs = self.inputs.take(rows) if isinstance(self.inputs, GraphArrays) else self.inputs[rows]
-        return SampleRows(ids, self.targets[rows], inputs, self.auxiliary[rows])
+        return SampleRows(ids, self.targets[rows], inputs, self.auxiliary[rows], self.finite)
 
 
 def no_rows(schema: Schema) -> SampleRows:
@@ -59,66 +63,103 @@ def no_rows(schema: Schema) -> SampleRows:
     )
 
 
-def join_rows(schema: Schema, parts: Sequence[SampleRows]) -> SampleRows:
-    """Lay several stretches of samples of one schema end to end. Not collective."""
+def join_rows(schema: Schema, parts: Sequence[SampleRows], room: Room | None = None) -> SampleRows:
+    """Lay several stretches of samples of one schema end to end; their inputs are in ``room`` if it is given. Not collective."""
     if len(parts) < 2:
         return parts[0] if parts else no_rows(schema)
     ids = [name for part in parts for name in part.ids]
     targets = np.concatenate([part.targets for part in parts])
     auxiliary = np.concatenate([part.auxiliary for part in parts])
-    if schema.representation == "graph":
-        graphs = [part.inputs for part in parts if isinstance(part.inputs, GraphArrays)]
-        return SampleRows(ids, targets, join_graphs(graphs), auxiliary)
-    return SampleRows(ids, targets, np.concatenate([part.inputs for part in parts]), auxiliary)
+    finite = all(part.finite for part in parts)
+    graphs = [part.inputs for part in parts if isinstance(part.inputs, GraphArrays)]
+    if graphs:
+        return SampleRows(ids, targets, join_graphs(graphs, room.graph_fields() if room else None), auxiliary, finite)
+    inputs = room.arrays["/array/x"] if room else np.concatenate([part.inputs for part in parts])
+    return SampleRows(ids, targets, inputs, auxiliary, finite)
 
 
-def read_rows(path: Path, file: h5py.File, schema: Schema, start: int, stop: int) -> SampleRows:
+def read_rows(
+    path: Path,
+    file: h5py.File,
+    schema: Schema,
+    start: int,
+    stop: int,
+    *,
+    names: bool = True,
+    room: Room | None = None,
+) -> SampleRows:
     """Read the rows ``start`` to ``stop - 1`` of a file as hyperslabs.
 
-    Not collective. Offsets are checked before they are followed; `check_rows` checks the values.
+    Not collective. Offsets are checked before they are followed; `check_rows` checks the values. Names are left out unless
+    they are asked for. Inputs are read into ``room`` where it is given.
 
     Raises
     ------
     DataError
         A dataset cannot be read, or its offsets decrease or lead out of the file.
     """
-    with reading(path, "/sample/id"):
-        ids = file["/sample/id"].asstr(errors="replace")[start:stop].tolist()
+    ids = read_names(path, file, start, stop) if names else []
     target_type = np.int64 if schema.task == "classification" else np.float64
     targets = _slab(path, file, "/sample/target", start, stop).astype(target_type, copy=False)
     auxiliary = NONE
     if schema.auxiliary:
         auxiliary = _slab(path, file, AUXILIARY, start, stop).astype(np.float64, copy=False)
     if schema.representation == "array":
-        inputs = _slab(path, file, "/array/x", start, stop).astype(np.float64, copy=False)
-        return SampleRows(ids, targets, inputs, auxiliary)
-    node_offset = _offsets(path, file, "node", start, stop)
-    edge_offset = _offsets(path, file, "edge", start, stop)
-    nodes = int(node_offset[0]), int(node_offset[-1])
-    edges = int(edge_offset[0]), int(edge_offset[-1])
-    graphs = GraphArrays(
-        node_offset - node_offset[0],
-        _slab(path, file, "/graph/atomic_number", *nodes),
-        edge_offset - edge_offset[0],
-        _slab(path, file, "/graph/edge_source", *edges),
-        _slab(path, file, "/graph/edge_target", *edges),
-        _slab(path, file, "/graph/edge_vector", *edges).astype(np.float64, copy=False),
-        **{name: _slab(path, file, f"/graph/{name}", *edges) for name in ("edge_bond",) if name in file["/graph"]},
-        **{
-            name: _slab(path, file, f"/graph/{name}", *nodes).astype(kind, copy=False)
-            for name, kind in NODE_FIELDS.items()
-            if name != "atomic_number" and name in file["/graph"]
-        },
-    )
-    return SampleRows(ids, targets, graphs, auxiliary)
+        inputs = _slab(path, file, "/array/x", start, stop, room)
+        return SampleRows(ids, targets, inputs, auxiliary, _are_finite(inputs))
+    node_offset = read_offsets(path, file, "node", start, stop)
+    edge_offset = read_offsets(path, file, "edge", start, stop)
+    found: dict[str, np.ndarray] = {}
+    finite = True
+    for fields, offset in ((NODE_FIELDS, node_offset), (EDGE_FIELDS, edge_offset)):
+        for name, kind in fields.items():
+            if name in file["/graph"]:
+                values = _slab(path, file, f"/graph/{name}", int(offset[0]), int(offset[-1]), room)
+                if np.dtype(kind).kind == "f":
+                    values = values.astype(kind, copy=False)
+                    finite = finite and _are_finite(values)
+                found[name] = values
+    graphs = GraphArrays(node_offset=node_offset - node_offset[0], edge_offset=edge_offset - edge_offset[0], **found)
+    return SampleRows(ids, targets, graphs, auxiliary, finite)
 
 
-def _slab(path: Path, file: h5py.File, name: str, start: int, stop: int) -> np.ndarray:
+def read_names(path: Path, file: h5py.File, start: int, stop: int) -> list[str]:
+    """Return the names of the rows ``start`` to ``stop - 1`` of a file. Not collective."""
+    with reading(path, "/sample/id"):
+        return file["/sample/id"].asstr(errors="replace")[start:stop].tolist()
+
+
+def _slab(path: Path, file: h5py.File, name: str, start: int, stop: int, room: Room | None = None) -> np.ndarray:
     with reading(path, name):
-        return file[name][start:stop]
+        if room is None:
+            return file[name][start:stop]
+        values = room.place(name, stop - start)
+        if len(values):
+            file[name].read_direct(values, np.s_[start:stop])
+        return values
 
 
-def _offsets(path: Path, file: h5py.File, kind: str, start: int, stop: int) -> np.ndarray:
+def _are_finite(values: np.ndarray) -> bool:
+    """Say whether numbers are known to be finite: a sum tells it in one pass, and without an array as long as they are."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(values.sum()))
+
+
+def read_offsets(path: Path, file: h5py.File, kind: str, start: int, stop: int) -> np.ndarray:
+    """Return where the nodes or edges of the rows ``start`` to ``stop - 1`` begin, and where the last ones end.
+
+    Not collective.
+
+    Parameters
+    ----------
+    kind
+        ``node`` or ``edge``.
+
+    Raises
+    ------
+    DataError
+        They decrease or lead out of the file.
+    """
     name = f"/graph/{kind}_offset"
     offset = _slab(path, file, name, start, stop + 1).astype(np.int64, copy=False)
     total = file["/graph/atomic_number" if kind == "node" else "/graph/edge_source"].shape[0]
@@ -155,9 +196,12 @@ def check_rows(source: object, schema: Schema, rows: SampleRows, numbers: np.nda
         _refuse(source, "/sample/target", ~np.isfinite(rows.targets), rows.targets, numbers, "not finite")
     _refuse(source, AUXILIARY, np.isinf(rows.auxiliary), rows.auxiliary, numbers, "infinite")
     if not isinstance(rows.inputs, GraphArrays):
-        _refuse(source, "/array/x", ~np.isfinite(rows.inputs), rows.inputs, numbers, "not finite")
+        if not rows.finite:
+            _refuse(source, "/array/x", ~np.isfinite(rows.inputs), rows.inputs, numbers, "not finite")
         return
     graphs = rows.inputs
+    if _is_sound(graphs, rows.finite):
+        return
     node_row = np.repeat(numbers, np.diff(graphs.node_offset))
     edge_row = np.repeat(numbers, np.diff(graphs.edge_offset))
     empty = np.diff(graphs.node_offset) == 0
@@ -173,6 +217,20 @@ def check_rows(source: object, schema: Schema, rows: SampleRows, numbers: np.nda
     for name in ("partial_charge", "conformers"):
         values = getattr(graphs, name)
         _refuse(source, f"/graph/{name}", ~np.isfinite(values), values, node_row, "not finite")
+
+
+def _is_sound(graphs: GraphArrays, finite: bool) -> bool:
+    """Say whether graphs pass all checks of `check_rows`, with no array made that is as long as they are."""
+    sizes, with_edges = np.diff(graphs.node_offset), np.flatnonzero(np.diff(graphs.edge_offset))
+    if sizes.min(initial=1) == 0 or graphs.edge_bond.max(initial=0) >= len(BONDS):
+        return False
+    if not 0 <= graphs.atomic_number.min(initial=0) <= graphs.atomic_number.max(initial=0) <= HEAVIEST:
+        return False
+    for ends in (graphs.edge_source, graphs.edge_target) if with_edges.size else ():
+        natural = ends.view(f"u{ends.itemsize}")  # what is negative becomes too large
+        if (np.maximum.reduceat(natural, graphs.edge_offset[with_edges]) >= sizes[with_edges]).any():
+            return False
+    return finite or all(np.isfinite(v).all() for v in (graphs.edge_vector, graphs.partial_charge, graphs.conformers))
 
 
 def _refuse(source: object, name: str, wrong: np.ndarray, values: np.ndarray, rows: np.ndarray, reason: str) -> None:

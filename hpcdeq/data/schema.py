@@ -134,8 +134,9 @@ def open_dataset(path: Path) -> Iterator[h5py.File]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; {REMEDY}")
     with reading(path):
-        # Nothing writes to a finished file, and file locks fail on many parallel and read-only file systems.
-        file = h5py.File(path, "r", locking=False)
+        # Nothing writes to a finished file, and file locks fail on many parallel and read-only file systems. Rows are read
+        # once: without a cache of chunks they come into place straight away.
+        file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)
     with file:
         yield file
 

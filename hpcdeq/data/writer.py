@@ -232,8 +232,8 @@ class DatasetWriter:
         return {name: kind for name, kind in fields.items() if name != "conformers" or self.schema.conformers}
 
     def _create(self, name: str, kind: Any, shape: tuple[int, ...] = (), units: str = "") -> None:
-        row_bytes = 8 * max(int(np.prod(shape)), 1)
-        rows = min(max(CHUNK_BYTES // row_bytes, 1), 1 << 15 if name.startswith("/graph") else 1 << 10)
+        row_bytes = np.dtype(kind).itemsize * max(int(np.prod(shape)), 1)
+        rows = min(max(CHUNK_BYTES // row_bytes, 1), 1 << 18 if name.startswith("/graph") else 1 << 10)
         made = self._open().create_dataset(
             name, shape=(0, *shape), maxshape=(None, *shape), chunks=(rows, *shape), dtype=kind
         )

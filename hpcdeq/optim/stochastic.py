@@ -208,6 +208,7 @@ class MinibatchRun:
         if not np.isfinite(loss):
             raise initial_loss_error(loss)
         self.recorder.emit(0, x0, loss, float(gradient.norm()), None)
+        del gradient  # a whole vector, for all of the run
         self._block = x0[problem.layout.owned].detach().to("cpu", copy=True)
         self._update: _Update = _UPDATES[self.method](self.method, self._block, self.settings)
         average = self.settings.average
@@ -266,7 +267,7 @@ class MinibatchRun:
     def _whole(self, block: Tensor) -> Tensor:
         """Return the weights that the ranks hold a block of each."""
         if self.problem.comm.size > 1 or self._x.device != block.device:
-            return self.problem.layout.gather(block.double().numpy()).to(self._x)
+            return self.problem.layout.gather(block.numpy()).to(self._x)
         return block  # a copy a step takes as long as the update
 
     def _iterate(self) -> Tensor:

@@ -61,6 +61,7 @@ class TaoRun:
             None  # the last gradient, which line searches ask for again
         )
         self._jacobian_at: Tensor | None = None
+        self._gathered: Tensor | None = None
 
     def minimize(self, x0: Tensor, options: Mapping[str, Value], max_iterations: int) -> Result:
         """Minimise from x0 ``(n,)`` and return the result; reports failure in its status."""
@@ -131,7 +132,11 @@ class TaoRun:
         self._valued = None
 
     def _gather(self, x: PETSc.Vec) -> Tensor:
-        return self.layout.gather(x.getArray(readonly=True))
+        """Return a whole vector, the very tensor of the last time where it is the same: whoever keeps it keeps no copy."""
+        found = self.layout.gather(x.getArray(readonly=True))
+        if self._gathered is None or not torch.equal(found, self._gathered):
+            self._gathered = found
+        return self._gathered
 
     def _objective(self, tao: PETSc.TAO, x: PETSc.Vec) -> float:
         point = self._gather(x)

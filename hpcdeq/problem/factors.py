@@ -78,6 +78,8 @@ class KroneckerFactors:
     ----------
     largest
         Largest eigenvalue.
+    diagonal
+        That of the weights without factors, those of this rank's block.
     of_weights
         Curvature of the terms of the weights alone (weight decay), their mean over the weights: they are no part of the
         factors, and a multiple of the identity or nearly so.
@@ -104,7 +106,8 @@ class KroneckerFactors:
         self._updates = 0
         layout = problem.layout
         self._starts = np.concatenate([[0], np.cumsum(layout.lengths)])
-        self._covered = np.zeros(layout.count, dtype=bool)
+        self._rest: list[int] = []  # parameters without factors
+        self._places = np.zeros(0, np.int64)  # of their weights, in this rank's block
 
     def update(self, p: Tensor) -> None:
         """Move to weights p, ``(n,)``."""
@@ -132,8 +135,7 @@ class KroneckerFactors:
         for block in self.blocks:
             self._put(out, block.shape, block.solve(self._take(v, block.shape), damping))
         own = layout.scatter_sum(out)
-        rest = ~self._covered[layout.owned]
-        own[rest] = v[layout.owned].double().numpy()[rest] / (self.diagonal[layout.owned][rest] + damping)
+        own[self._places] = v[layout.owned].double().numpy()[self._places] / (self.diagonal + damping)
         return own
 
     # ---------------------------------------------------------------------------------------------------- sums
@@ -186,19 +188,28 @@ class KroneckerFactors:
 
     def _reduce_diagonal(self, sums: Sums, shapes: list[Shape], count: float) -> None:
         """Find the diagonal of what has no factors, and smooth what few probes say of one number by its tensor's mean."""
-        layout = self.problem.layout
-        self._covered[:] = False
-        for shape in shapes:
-            for number in (shape.weight, shape.bias):
-                if number is not None:
-                    self._covered[self._starts[number] : self._starts[number + 1]] = True
-        gradients = sums.gradients.numpy()[:, ~self._covered]
-        total = parallel.sum_over_ranks(self.problem.comm, gradients.ravel()).reshape(gradients.shape)
-        found = np.zeros(layout.count)
-        found[~self._covered] = (total * total).mean(axis=0) / count
-        for start, length in zip(self._starts, layout.lengths, strict=False):
-            part = found[start : start + length]
-            part[:] = 0.5 * part + 0.5 * (part.mean() if length else 0.0)
+        layout, comm = self.problem.layout, self.problem.comm
+        covered = {number for shape in shapes for number in (shape.weight, shape.bias)}
+        rest = [number for number in range(len(layout.lengths)) if number not in covered]
+        if rest != self._rest:
+            self.diagonal = np.zeros(0)
+        self._rest = rest
+        # The weights without factors, laid end to end: which parameter each is of, where in the whole, and on which rank.
+        owner_of = np.repeat(rest, [layout.lengths[number] for number in rest]).astype(np.int64)
+        whole = np.concatenate(
+            [np.arange(self._starts[n], self._starts[n + 1]) for n in rest] or [np.zeros(0, np.int64)]
+        )
+        ends = np.searchsorted(whole, np.concatenate([[0], np.cumsum(layout.block_sizes)]))
+        own = slice(int(ends[comm.rank]), int(ends[comm.rank + 1]))
+        self._places = whole[own] - layout.owned.start
+        probes = sums.gradients.shape[0]
+        parts = np.ascontiguousarray(sums.gradients.numpy()[:, whole].T)
+        sizes = [probes * int(size) for size in np.diff(ends)]
+        total = parallel.sum_and_scatter(comm, parts.ravel(), sizes).reshape(-1, probes)
+        found = (total * total).mean(axis=1) / count
+        weights = np.bincount(owner_of[own], found, minlength=len(layout.lengths))
+        means = parallel.sum_over_ranks(comm, weights) / np.maximum(layout.lengths, 1)
+        found = 0.5 * found + 0.5 * means[owner_of[own]]
         last = self.diagonal
         self.diagonal = MEMORY * last + (1 - MEMORY) * found if len(last) else found
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hpcdeq import parallel
 from hpcdeq.deq import FixedPoint, Guesses, Help, StateCache
+from hpcdeq.problem.parameters import ParameterLayout
 
 # Products of an optimiser's iterate, at least: inner solves take that many and more.
 PRODUCTS = 20
 # A step is taken to lie in the span of the products' directions when this much of it does not.
 OUTSIDE = 1e-6
+MOST = 64  # directions kept of one point
 
 
 class Guidance:
     """Initial guesses from the last visit of each sample, extrapolated along Gauss-Newton steps.
 
-    Not collective, every method.
+    Not collective, every method but `foresee`. Of directions each rank keeps its block.
 
     Parameters
     ----------
@@ -27,9 +31,12 @@ class Guidance:
         Its `FixedPoint` layers are told.
     limit
         Bytes that may be remembered; 0 turns warm starts off.
+    layout
+        How vectors of weights are distributed.
     """
 
-    def __init__(self, model: nn.Module, limit: int) -> None:
+    def __init__(self, model: nn.Module, limit: int, layout: ParameterLayout) -> None:
+        self._layout = layout
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, FixedPoint)}
         self.cache = StateCache(limit) if limit and self.layers else None
         self.loosened = (0.0, 0.0)
@@ -37,6 +44,8 @@ class Guidance:
         self._states: dict[tuple[int, str], Tensor] = {}
         self._directions: list[Tensor] = []
         self._tangents: list[dict[tuple[int, str], Tensor]] = []
+        self._pending: dict[tuple[int, str], Tensor] = {}
+        self._mix: Tensor | None = None
         self._bytes = 0
 
     def describe(self) -> list[str]:
@@ -63,7 +72,7 @@ class Guidance:
             Whether to solve as whoever applies the model does: from the layers' own initial states, as accurately as the
             options say. Nothing is remembered of it.
         """
-        mix = self._mixture(p) if chunk is not None and not products else None
+        mix = self._mix if chunk is not None and not products else None
         for name, layer in self.layers.items():
             guesses = None
             if self.cache is not None and not cold:
@@ -82,6 +91,8 @@ class Guidance:
         self._states.clear()
         self._directions.clear()
         self._tangents.clear()
+        self._pending = {}
+        self._mix = None
         self._bytes = 0
 
     def keep_states(self, chunk: int) -> None:
@@ -91,33 +102,47 @@ class Guidance:
                 if layer.solution is not None:
                     self._states[chunk, name] = layer.solution.value
 
-    def keep_tangents(self, v: Tensor, chunk: int) -> None:
-        """Note the tangents of a chunk's fixed points along v, which its layers have just found; in bounded memory."""
+    def keep_tangents(self, chunk: int) -> None:
+        """Note the tangents of a chunk's fixed points that its layers have just found; in bounded memory."""
         if self.cache is None or self._bytes > self.cache.limit:
             return
-        if not self._directions or self._directions[-1] is not v:
-            self._directions.append(v)
-            self._tangents.append({})
         for name, layer in self.layers.items():
             tangent = layer.tangent_state
             if tangent is not None:
-                self._tangents[-1][chunk, name] = tangent
+                self._pending[chunk, name] = tangent
                 self._bytes += tangent.numel() * tangent.element_size()
+
+    def keep_direction(self, v: Tensor) -> None:
+        """Note that the last tangents of all samples are along v, ``(n,)``; all ranks call this alike."""
+        if self.cache is not None and len(self._directions) < MOST:
+            self._directions.append(v[self._layout.owned].detach().to("cpu", torch.float64, copy=True))
+            self._tangents.append(self._pending)
+        self._pending = {}
+
+    def foresee(self, p: Tensor, rows: Any) -> None:
+        """Prepare for an evaluation at p, ``(n,)``: of all samples (``rows`` None) what lies along the directions is known.
+
+        Collective on comm.
+        """
+        self._mix = self._mixture(p) if rows is None else None
 
     def _mixture(self, p: Tensor) -> Tensor | None:
         """Return the coefficients of p - point in the directions, None where it is not made of them."""
-        if self._point is None or not self._directions:
+        if self._point is None or not self._directions or p.shape != self._point.shape:
             return None
-        step = (p - self._point).double()
-        norm = step.norm()
-        if not norm > 0:
+        owned, comm = self._layout.owned, self._layout.comm
+        step = (p[owned] - self._point[owned]).to("cpu", torch.float64)
+        rows = torch.stack([*self._directions, step])
+        gram = torch.from_numpy(parallel.sum_over_ranks(comm, (rows @ rows.T).numpy()))
+        norms = gram.diagonal().sqrt()
+        if not ((norms > 0) & norms.isfinite()).all():
             return None
-        directions = torch.stack([v.double() / v.double().norm() for v in self._directions], dim=1)
-        mix = torch.linalg.lstsq(directions, step[:, None], driver="gelsd" if step.device.type == "cpu" else None)
-        coefficients = mix.solution[:, 0]
-        if not (directions @ coefficients - step).norm() <= OUTSIDE * norm:
-            return None
-        return coefficients / torch.stack([v.double().norm() for v in self._directions])
+        gram = gram / norms / norms[:, None]
+        mix = torch.linalg.lstsq(gram[:-1, :-1], gram[:-1, -1:], driver="gelsd").solution[:, 0]
+        coefficients = mix * norms[-1] / norms[:-1]
+        left = (coefficients @ rows[:-1] - step).square().sum()
+        outside = float(parallel.sum_over_ranks(comm, left.numpy().reshape(1))[0]) ** 0.5
+        return coefficients if outside <= OUTSIDE * float(norms[-1]) else None
 
     def _predict(self, mix: Tensor, chunk: int, name: str) -> Tensor | None:
         state = self._states.get((chunk, name))

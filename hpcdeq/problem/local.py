@@ -85,6 +85,7 @@ class LocalSums:
         self.memory_limit = memory_limit
         self.whole, self.part = Chunks(), Chunks()
         self._point: Tensor | None = None
+        self._version = 0
         self._last: tuple[Tensor, list[Tensor]] | None = None
 
     def loss(self, p: Tensor, rows: np.ndarray | None) -> float:
@@ -152,7 +153,7 @@ class LocalSums:
             if kind == "gauss_newton":
                 total += self.layout.flatten(at.gauss_newton_product(pieces))
                 if number is not None:
-                    self.guidance.keep_tangents(v, number)
+                    self.guidance.keep_tangents(number)
             else:
                 total += self.layout.flatten(at.hessian_product(pieces))
             count += len(at.targets)
@@ -164,9 +165,9 @@ class LocalSums:
 
     def _numbered(self, p: Tensor, rows: np.ndarray | None) -> Iterator[tuple[int | None, Linearised]]:
         """Yield linearised chunks with their numbers among those of the whole set; None: of some samples."""
-        if self._point is None or not torch.equal(self._point, p):
+        if not self._is_at(p):
             self.forget()
-            self._point = p.detach().clone()
+            self._point, self._version = p.detach(), p._version  # no copy: whoever changes it in place is noticed
             self.guidance.linearised_at(self._point)
         if rows is not None and (self.part.rows is None or not np.array_equal(self.part.rows, rows)):
             self.part = Chunks(rows.copy())
@@ -190,6 +191,11 @@ class LocalSums:
                 if process_bytes() < self.memory_limit:
                     chunks.kept[i] = at
             yield number, at
+
+    def _is_at(self, p: Tensor) -> bool:
+        """Say whether p is the last point, as it was then."""
+        point = self._point
+        return point is not None and point._version == self._version and torch.equal(point, p)
 
     def forget(self) -> None:
         """Free the linearised chunks of the last point."""

@@ -88,10 +88,15 @@ class ParameterLayout:
                 if name in pieces:
                     parameter.copy_(pieces[name])
 
+    def block(self, p: Tensor) -> np.ndarray:
+        """Return this rank's block of a vector that all ranks have, float64. Not collective."""
+        return p[self.owned].double().cpu().numpy()
+
     def gather(self, block: np.ndarray) -> Tensor:
-        """Return the whole vector from every rank's block, ``(n,)`` float64 on every rank. Collective on comm."""
+        """Return the whole vector from every rank's block, ``(n,)`` of the blocks' type on every rank. Collective on comm."""
         with self.phases.of(REDUCTION):
-            return torch.from_numpy(parallel.gather_blocks(self.comm, block, self.block_sizes, np.empty(self.count)))
+            whole = np.empty(self.count, block.dtype)
+            return torch.from_numpy(parallel.gather_blocks(self.comm, block, self.block_sizes, whole))
 
     def scatter_mean(self, contribution: Tensor, count: int) -> np.ndarray:
         """Return this rank's block of the sum of every rank's contribution over a number. Collective on comm."""

@@ -118,7 +118,7 @@ class TrainingProblem:
         self.layout = ParameterLayout(model, comm, self.phases)
         self.accounts = Accounts(model, comm)
         self.memory_limit = fair_share(comm) if memory_limit is None else memory_limit
-        self.guidance = Guidance(model, self.memory_limit // 8 if warm_start else 0)
+        self.guidance = Guidance(model, self.memory_limit // 8 if warm_start else 0, self.layout)
         self.visits = Visits(self.dataset, self.layout, self.guidance, chunk_size, on_failure, self.phases)
         with parallel.agreement(comm):
             terms = [*([L2(weight_decay)] if weight_decay else []), *terms]
@@ -153,6 +153,7 @@ class TrainingProblem:
         rows
             Global numbers of the samples to average over, the same on all ranks; None: all.
         """
+        self.guidance.foresee(p, rows)
         own, error = self._guarded(lambda: self.local.loss(p, rows))
         return self._summed(own or 0.0, error) / self._size(rows) + self.weight_terms.value(p)
 
@@ -171,7 +172,7 @@ class TrainingProblem:
         total, own = self._local_gradient(p, rows)
         block = self.layout.scatter_mean(own, self._size(rows))
         if self.weight_terms.terms:  # a step on a small network notices every pass over its weights
-            block += self._block(self.weight_terms.gradient(p))
+            block += self.layout.block(self.weight_terms.gradient(p))
         return total / self._size(rows) + self.weight_terms.value(p), block
 
     # ----------------------------------------------------------------------------------------------- products
@@ -200,7 +201,7 @@ class TrainingProblem:
             None: all. What is linearised is kept for the last choice, and for all samples, while p stays.
         """
         own, size = self._product(p, v, curvature, rows)
-        return self.layout.scatter_sum(own) / size + self._block(self.weight_terms.product(p, v, curvature))
+        return self.layout.scatter_sum(own) / size + self.layout.block(self.weight_terms.product(p, v, curvature))
 
     def curvature_rows(self, fraction: float, seed: int, iteration: int, among: Rows = None) -> Rows:
         """Choose samples to take curvature products on: a fresh choice in every iteration.
@@ -354,9 +355,6 @@ class TrainingProblem:
     def _size(self, rows: np.ndarray | None) -> int:
         return _some(self._asked(rows) - self.left_out)
 
-    def _block(self, p: Tensor) -> np.ndarray:
-        return p[self.layout.owned].double().cpu().numpy()
-
     def _guarded(self, local: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
         try:
             return local(), None
@@ -376,6 +374,7 @@ class TrainingProblem:
         return float(sums[0])
 
     def _local_gradient(self, p: Tensor, rows: np.ndarray | None) -> tuple[float, Tensor]:
+        self.guidance.foresee(p, rows)
         own, error = self._guarded(lambda: self.local.loss_and_gradient(p, rows))
         total = self._summed(own[0] if own else 0.0, error)
         assert own is not None
@@ -384,6 +383,8 @@ class TrainingProblem:
     def _product(self, p: Tensor, v: Tensor, curvature: str, rows: np.ndarray | None) -> tuple[Tensor, int]:
         """Return this rank's sum of products, and the number of samples on all ranks that products are averaged over."""
         own, count = self.agreed(lambda: self.local.product(p, v, curvature, rows))
+        if curvature == "gauss_newton" and rows is None:
+            self.guidance.keep_direction(v)
         kind = f"{curvature}_products"
         asked = len(self.dataset) if rows is None else self.visits.own_count(rows)
         setattr(self.accounts.own, kind, getattr(self.accounts.own, kind) + asked)
