@@ -14,6 +14,7 @@ from hpcdeq.data import TensorDataset
 from hpcdeq.deq import FixedPoint
 from hpcdeq.errors import ConvergenceError, DataError, HpcdeqError, OptionError, ShapeError
 from hpcdeq.problem import LOSSES, CrossEntropy, LeastSquares, TrainingProblem
+from hpcdeq.problem.randomness import random_layer
 
 TIGHT = {"snes_rtol": 1e-13, "snes_atol": 1e-14, "ksp_rtol": 1e-13}
 LOSS_NAMES = ["cross_entropy", "mse"]
@@ -328,12 +329,11 @@ def test_other_refusals() -> None:
 
 def test_layers_that_make_the_loss_random_are_named() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).double()
-    problem = TrainingProblem(model, samples("mse"), "mse", parallel.SELF)
-    assert problem.randomness() == "1 (Dropout, p = 0.5)"
+    assert random_layer(model) == "1 (Dropout, p = 0.5)"
     model.eval()
-    assert problem.randomness() is None
+    assert random_layer(model) is None
     batch_norm = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
-    found = TrainingProblem(batch_norm, samples("mse"), "mse", parallel.SELF).randomness()
+    found = random_layer(batch_norm)
     assert found is not None and "BatchNorm1d" in found
 
 

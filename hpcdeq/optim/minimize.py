@@ -22,6 +22,7 @@ from hpcdeq.petsc.vocabulary import check_options
 from hpcdeq.problem import LeastSquares, TrainingProblem
 from hpcdeq.problem.branches import elsewhere
 from hpcdeq.problem.determinism import nondeterminism
+from hpcdeq.problem.randomness import random_layer
 
 __all__ = ["METHODS", "check_method", "minimize", "resolved_options"]
 
@@ -204,7 +205,7 @@ def _check(
                 f"{method} needs exact derivatives, and the fixed point {name} has the inexact adjoint"
                 f" {fixed_point.inexact}: leave -deq_ksp_type out, or use adam"
             )
-    layer = problem.randomness()
+    layer = random_layer(problem.model)
     if layer is not None:
         raise OptionError(
             f"{method} needs a loss that is the same each time, and layer {layer} makes it random: remove it, call"

@@ -21,6 +21,7 @@ from hpcdeq.errors import ConvergenceError, OptionError
 from hpcdeq.methods import ADAMW_DECAY, BATCH_SIZE, LEARNING_RATE, MINIBATCH, Schedule
 from hpcdeq.optim.base import BUDGET, DIVERGED, Recorder, Result
 from hpcdeq.optim.tao import initial_loss_error
+from hpcdeq.problem.randomness import random_layer
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class MinibatchRun:
         The result is then at the end of the last epoch whose loss over all samples is finite.
         """
         problem = self.problem
-        if problem.randomness() is not None:  # other numbers on each rank, the same ones in every run
+        if random_layer(problem.model) is not None:  # other numbers on each rank, the same ones in every run
             seeds = np.random.SeedSequence([self.settings.seed, problem.comm.rank])
             torch.manual_seed(int(seeds.generate_state(1)[0]))
         # A pass over all samples takes as long as an epoch: what is told of the beginning is what the first batch says.

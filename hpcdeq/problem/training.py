@@ -309,23 +309,6 @@ class TrainingProblem:
         with self.phases.of(REDUCTION):
             return float(parallel.sum_over_ranks(self.comm, np.array([values.sum()]))[0])
 
-    def randomness(self) -> str | None:
-        """Name the first layer that makes the loss depend on chance or on the batch; None if there is none.
-
-        Not collective.
-        """
-        for name, module in self.model.named_modules():
-            if not module.training:
-                continue
-            kind = type(module).__name__
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-                return f"{name} ({kind}, p = {module.p})"
-            if isinstance(module, nn.modules.batchnorm._NormBase) and not kind.startswith(
-                ("InstanceNorm", "LazyInstance")
-            ):
-                return f"{name} ({kind}, statistics of the batch)"
-        return None
-
     def linearised(self, p: Tensor, rows: np.ndarray | None = None) -> Iterator[Linearised]:
         """Yield this rank's chunks linearised at p, those kept from the last product at the same p as they are.
 
