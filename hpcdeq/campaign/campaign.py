@@ -14,7 +14,7 @@ from hpcdeq.campaign.plan import Planned, Variant, run_of
 from hpcdeq.campaign.training import ComparedTraining
 from hpcdeq.config import EMBEDDED, TrainConfig, read_config
 from hpcdeq.errors import ConvergenceError, DataError, OptionError
-from hpcdeq.train import EMBEDDED_SAMPLES, PREFIXES, Training
+from hpcdeq.training import EMBEDDED_SAMPLES, PREFIXES, Training
 
 if TYPE_CHECKING:
     from hpcdeq.report import Comparison, Run
@@ -47,9 +47,11 @@ class Campaign:
     ) -> None:
         from hpcdeq import parallel
         from hpcdeq.data.shards import Shards
+        from hpcdeq.record import Signals
         from hpcdeq.tasks import resolved
 
         self.comm = parallel.WORLD
+        self.signals = Signals(speak=self.comm.rank == 0)
         self.seeds = seeds
         self.reference = reference
         self.out = out
@@ -112,7 +114,7 @@ class Campaign:
         warm: set[str] = set()
         for variant in self.variants:
             with only_options(variant.config.petsc, PREFIXES):
-                problem = Training(variant.config, str(self.out), quiet=True).problem
+                problem = Training(variant.config, str(self.out), self.signals, quiet=True).problem
                 check_method(problem, variant.config.optimizer)
                 if variant.config.dtype in warm:
                     continue
@@ -153,7 +155,7 @@ class Campaign:
         from hpcdeq.petsc.options import only_options
 
         with only_options(planned.config.petsc, PREFIXES):
-            run = ComparedTraining(planned.config, str(self._path(planned)), quiet=not self.verbose)
+            run = ComparedTraining(planned.config, str(self._path(planned)), self.signals, quiet=not self.verbose)
             try:
                 run.run()
             except (ConvergenceError, DataError) as error:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from hpcdeq.config import TrainConfig
 from hpcdeq.errors import HpcdeqError
-from hpcdeq.train import Training
+from hpcdeq.training import Keeping, Training
 
 if TYPE_CHECKING:
     from hpcdeq.optim import Iterate, Result
+    from hpcdeq.record import Signals
 
 
 class ComparedTraining(Training):
@@ -19,10 +20,12 @@ class ComparedTraining(Training):
     between, and at the last one. As the callback of the optimiser, that is not on its clock.
     """
 
-    def __init__(self, config: TrainConfig, out: str, *, quiet: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, out: str, signals: Signals, *, quiet: bool, keeping: Keeping | None = None
+    ) -> None:
         from hpcdeq.record import EvaluationWriter, Spacing
 
-        super().__init__(config, out, quiet=quiet)
+        super().__init__(config, out, signals, quiet=quiet, keeping=keeping)
         self.writer: EvaluationWriter | None = None
         self.spacing = Spacing()
         self.row = -1

@@ -11,16 +11,23 @@ from hpcdeq.errors import HpcdeqError
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path, former: Path | None = None) -> Iterator[Path]:
     """Give a temporary path to write to; rename it to ``path`` at the end of the block, in one step.
 
     Not collective: one rank writes. The data are on the disk before the rename. After an exception the temporary file
     is removed, and what was at ``path`` before is still there.
+
+    Parameters
+    ----------
+    former
+        Where what was at ``path`` goes on; None: it is gone.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
         _synchronise(temporary)
+        if former is not None and path.exists():
+            os.replace(path, former)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
