@@ -310,6 +310,12 @@ def mpi_library() -> str:
     return MPI.Get_library_version().splitlines()[0].split(", package")[0].strip("\x00 ")
 
 
+def some_ranks(comm: Comm, chosen: bool) -> Comm | None:
+    """Return a communicator of the ranks that are chosen, on them; None on the others. Collective on comm."""
+    found = comm.Split(0 if chosen else MPI.UNDEFINED, comm.rank)
+    return None if found == MPI.COMM_NULL else cast(Comm, found)
+
+
 def ranks_on_this_host(comm: Comm) -> int:
     """Return how many ranks of comm share this host's memory. Collective on comm."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)

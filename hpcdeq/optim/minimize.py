@@ -107,10 +107,11 @@ def minimize(
                 x0, max_iterations, known
             )
         elif method == TORCH_LBFGS:
-            result = TorchLbfgs(recorder).minimize(x0, max_iterations)
+            result = TorchLbfgs(recorder).minimize(x0, max_iterations, known)
         else:
             given = resolved_options(method, options)
-            result = TaoRun(recorder, preset, sampling).minimize(x0, given, max_iterations)
+            left = max_iterations - recorder.offset
+            result = TaoRun(recorder, preset, sampling).minimize(x0, given, left, known)
             if problem.adapting and result.status not in (BUDGET, INTERRUPTED):
                 # What ended on loose solves is taken up with tight ones: to be confirmed, or to go on.
                 problem.tighten()
