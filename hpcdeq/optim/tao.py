@@ -272,6 +272,7 @@ class TaoRun:
     def _move(self, tao: PETSc.TAO, x: PETSc.Vec, hessian: PETSc.Mat, _: PETSc.Mat) -> None:
         assert self._curvature is not None
         self._curvature.move(self._gather(x))
+        hessian.stateIncrease()  # PETSc sets a preconditioner up again where it sees that the matrix has changed
 
     def _monitor(self, tao: PETSc.TAO) -> None:
         if self._idle:

@@ -88,6 +88,8 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
+            for left in self.path.glob(".*.partial") if resume else ():  # by a process that was killed
+                left.unlink(missing_ok=True)
         except OSError as error:
             raise UsageError(
                 f"the run directory {self.path} cannot be written ({error.strerror}): choose another --out"
