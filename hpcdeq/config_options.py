@@ -12,6 +12,8 @@ from hpcdeq.commands import CommandParser
 from hpcdeq.config import TrainConfig
 from hpcdeq.methods import MINIBATCH, SCHEDULES
 
+KEEPING = ("checkpoint_every", "checkpoint_cache", "wall_seconds")  # the options of `add_keeping`
+
 
 def add_settings(parser: CommandParser) -> None:
     """Add the options that decide a run whatever its optimizer and seed are. Not collective."""

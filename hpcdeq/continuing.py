@@ -15,7 +15,7 @@ from hpcdeq.errors import DataError, OptionError, UsageError
 BUDGETS = ("max_iterations", "max_seconds")
 # Options of PETSc's that look on, and change nothing.
 _LOOKS = ("monitor", "view", "converged_reason")
-CONFIG, SUMMARY, HISTORY = "config.toml", "summary.json", "history.csv"
+CONFIG, SUMMARY, HISTORY, ENVIRONMENT = "config.toml", "summary.json", "history.csv", "environment.json"
 CHECKPOINTS = ("checkpoint.h5", "checkpoint-previous.h5")
 
 
@@ -66,6 +66,18 @@ def held_in(folder: Path, given: Mapping[str, Any]) -> Held:
             " command, or choose another --out"
         )
     return Held(settings, ended, status)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Say whether a folder holds no run that has ended. Not collective: rank 0 looks."""
+    summary = _summary(folder / SUMMARY)
+    return summary is None or summary.get("status") == "interrupted"
+
+
+def can_go_on(folder: Path, ranks: int) -> bool:
+    """Say whether a folder holds a run with a checkpoint, of as many ranks. Not collective: rank 0 looks."""
+    environment = _summary(folder / ENVIRONMENT) or {}
+    return environment.get("ranks") == ranks and any((folder / name).exists() for name in CHECKPOINTS)
 
 
 def _summary(path: Path) -> dict[str, Any] | None:

@@ -53,7 +53,7 @@ class Keeping(NamedTuple):
     @staticmethod
     def of(options: argparse.Namespace, *, resume: bool) -> Keeping:
         """Return what a command line asks for. Not collective."""
-        asked = bool(getattr(options, "resume", True)) and not resume
+        asked = bool(vars(options).get("resume")) and not resume
         return Keeping(resume, asked, options.checkpoint_every, options.checkpoint_cache, options.wall_seconds)
 
 

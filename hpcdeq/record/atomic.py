@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcdeq.errors import HpcdeqError
+from hpcdeq.errors import CheckpointError, HpcdeqError
 
 
 @contextlib.contextmanager
@@ -37,6 +37,31 @@ def replaced(path: Path, former: Path | None = None) -> Iterator[Path]:
 def cannot_write(path: Path, error: OSError) -> HpcdeqError:
     """Return the error for a file that cannot be written. Not collective."""
     return HpcdeqError(f"cannot write {path}: {error.strerror}; is the disk or the quota full?")
+
+
+def cut_table(path: Path, rows: int) -> None:
+    """Leave a table of lines with its header and some first rows, by an atomic replacement.
+
+    Not collective.
+
+    Raises
+    ------
+    HpcdeqError
+        It has fewer rows, or cannot be written.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if len(lines) < rows + 1:
+            raise CheckpointError(
+                f"{path} has {max(len(lines) - 1, 0)} rows, fewer than the {rows} that were there at the checkpoint: put back"
+                " what is missing, or begin again with another --out"
+            )
+        with replaced(path) as temporary:
+            temporary.write_text("".join(lines[: rows + 1]), encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: put it back, or begin again with another --out") from error
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def _synchronise(path: Path) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from hpcdeq import parallel
-from hpcdeq.errors import CheckpointError, UsageError
+from hpcdeq.errors import UsageError
 from hpcdeq.optim.base import Iterate, Result
 from hpcdeq.problem.counts import Counts, FixedPointStatistics
 from hpcdeq.problem.training import Evaluation
-from hpcdeq.record.atomic import cannot_write, replaced
+from hpcdeq.record.atomic import cannot_write, cut_table, replaced
 
 HISTORY_COLUMNS = (
     "iteration",
@@ -133,31 +133,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value
-
-
-def cut_table(path: Path, rows: int) -> None:
-    """Leave a table of lines with its header and some first rows, by an atomic replacement.
-
-    Not collective.
-
-    Raises
-    ------
-    HpcdeqError
-        It has fewer rows, or cannot be written.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if len(lines) < rows + 1:
-            raise CheckpointError(
-                f"{path} has {max(len(lines) - 1, 0)} rows, fewer than the {rows} that were there at the checkpoint: put back"
-                " what is missing, or begin again with another --out"
-            )
-        with replaced(path) as temporary:
-            temporary.write_text("".join(lines[: rows + 1]), encoding="utf-8")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: put it back, or begin again with another --out") from error
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 class HistoryWriter:
