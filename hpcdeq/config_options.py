@@ -109,14 +109,14 @@ def add_keeping(parser: CommandParser) -> None:
     )
     parser.add_argument(
         "--checkpoint-cache",
-        type=float,
+        type=_not_negative,
         default=1024.0,
         metavar="MIB",
         help="fixed points to begin solves from that a checkpoint may hold (default 1024); with more, none",
     )
     parser.add_argument(
         "--wall-seconds",
-        type=float,
+        type=_not_negative,
         metavar="S",
         help="limit of the whole job, from its start: stops before it and can be resumed (default: Slurm's, if there is one)",
     )
@@ -126,6 +126,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give 1 or more")
     return int(text)
+
+
+def _not_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number that is not negative")
+    return value
 
 
 def _model_settings(text: str) -> dict[str, Any]:

@@ -69,9 +69,8 @@ def resolve(options: argparse.Namespace, petsc: list[str], held: Held | None = N
         return complete(given)
     former = held.settings
     refuse_changes(Path(options.out), former, given)
-    petsc = {**former.get("petsc", {}), **given.get("petsc", {})}
-    model_settings = {**former.get("model_settings", {}), **given.get("model_settings", {})}
-    return complete({**former, **given, "data": former["data"], "model_settings": model_settings, "petsc": petsc})
+    tables = {name: {**former.get(name, {}), **given.get(name, {})} for name in ("model_settings", "petsc")}
+    return complete({**former, **given, **tables, "data": former["data"]})
 
 
 def main(arguments: list[str]) -> int:

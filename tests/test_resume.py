@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hpcdeq import FixedPoint, TrainingProblem, minimize, parallel
+from hpcdeq.errors import OptionError
 from hpcdeq.methods import MINIBATCH, Schedule
 from hpcdeq.optim import Result
 from hpcdeq.optim.sampling import Sampling
@@ -194,3 +195,12 @@ def test_types_of_petsc_go_on_from_their_weights_and_say_so(
     assert [entry[0] for entry in rest.history] == list(range(AFTER + 1))
     losses = [loss for _, loss, _ in without_clock(rest)]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path, comm: parallel.Comm) -> None:
+    run(problem_of(explicit, comm), "lbfgs", keeper=StopAt(tmp_path, comm, 2))
+    with read_checkpoint(tmp_path, comm) as known:
+        with pytest.raises(OptionError, match="the state is of lbfgs with 56 weights, and this is trgn with 56: go on"):
+            run(problem_of(explicit, comm), "trgn", resume=known)
+        with pytest.raises(OptionError, match="and this is lbfgs with 100"):
+            run(problem_of(implicit, comm), "lbfgs", resume=known)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hpcdeq import parallel
+from hpcdeq.errors import OptionError
 from hpcdeq.problem import TrainingProblem
 from hpcdeq.problem.counts import Counts, FixedPointStatistics
 from hpcdeq.problem.phases import RECORD
@@ -137,6 +138,7 @@ class Recorder:
     paused: float = 0.0
     offset: int = 0  # iterations of a solver before the present one
     keeper: Keeper | None = None
+    method: str = ""
     notes: list[str] = field(default_factory=list)  # what a run that was resumed could not take over
 
     def seconds(self) -> float:
@@ -206,6 +208,7 @@ class Recorder:
         at = self.last
         assert at is not None
         return {
+            "optimizer": self.method,
             "seconds": self.seconds(),
             "offset": self.offset,
             "iteration": at.iteration,
@@ -225,8 +228,19 @@ class Recorder:
         ----------
         x0
             ``(n,)`` weights, of whose type and on whose device iterates are.
+
+        Raises
+        ------
+        OptionError
+            It is of another method, or of another number of weights.
         """
         run = known["run"]
+        there = (run["optimizer"], len(run["x"]))
+        if there != (self.method, self.problem.layout.count):
+            raise OptionError(
+                f"the state is of {there[0]} with {there[1]} weights, and this is {self.method} with"
+                f" {self.problem.layout.count}: go on with the same method and model"
+            )
         self.start = time.perf_counter() - run["seconds"]
         self.paused = 0.0
         self.offset = int(run["offset"])

@@ -83,7 +83,7 @@ def minimize(
     ConvergenceError
         The method failed; ``record`` is the `Result`.
     OptionError
-        An unknown method or option, or a method that does not fit the problem.
+        An unknown method or option, a method that does not fit the problem, or a state of another method or model.
     DataError
         The loss at the initial weights is not finite.
     """
@@ -95,7 +95,7 @@ def minimize(
         _check_initial(problem, x0)
         if method not in MINIBATCH:
             _check_determinism(problem, method, x0)
-    recorder = Recorder(problem, callback, max_seconds, keeper=keeper)
+    recorder = Recorder(problem, callback, max_seconds, keeper=keeper, method=method)
     problem.begin(noisy=method in MINIBATCH)
     known = None if resume is None else resume["method"]
     try:
