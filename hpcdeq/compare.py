@@ -17,17 +17,18 @@ from hpcdeq.campaign.campaign import Campaign
 from hpcdeq.campaign.plan import UNBOUNDED, Variant, plan_variants, read_set, split_base
 from hpcdeq.commands import CommandParser
 from hpcdeq.config import EMBEDDED, EMBEDDED_SETTINGS, named_options, read_toml
-from hpcdeq.config_options import add_settings, with_options
-from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, OptionError, suggestion
+from hpcdeq.config_options import KEEPING, add_keeping, add_settings, with_options
+from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, OptionError, suggestion
 from hpcdeq.methods import learning_rate_grid
 from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments
 from hpcdeq.train import check
+from hpcdeq.training import Keeping
 
 PROGRAM = "python -m hpcdeq.compare"
 OPTIMIZERS = ("trgn", "lbfgs", "newton", "adam")
 REFERENCE = "adam"
 GRID = "grid"
-OWN = {"sources", "out", "reference", "quiet", "verbose"}  # options that go with run directories too
+OWN = {"sources", "out", "reference", "quiet", "verbose", *KEEPING}  # options that go with run directories too
 
 EPILOG = f"""\
 settings of one method: --set adam:batch_size=128 --set trgn:tao_trust0=0.5, or a table in CONFIG.toml:
@@ -38,7 +39,8 @@ options of PETSc (single dash, -tao_... -deq_...) are for all methods
 
 DIR gets comparison.html (one file, with its figures), comparison.md, comparison.csv, figures/ and runs/METHOD-SEED/.
 without --data, the embedded default problem
-exit codes: {EXIT_DONE} done, {EXIT_FAILED} failed (all runs diverged), 2 bad usage or input
+SIGTERM, SIGUSR1 and the wall-time limit leave the run of the moment with a checkpoint; the same command goes on with it
+exit codes: {EXIT_DONE} done, {EXIT_FAILED} failed (all runs diverged), 2 bad usage or input, {EXIT_INTERRUPTED} interrupted
 """
 
 
@@ -97,6 +99,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--quiet", action="store_true", help="print a line for each run that ends, and errors")
     parser.add_argument("--verbose", action="store_true", help="print the progress of every run")
+    add_keeping(parser)
     add_settings(parser)
     return parser
 
@@ -127,8 +130,12 @@ def main(arguments: list[str]) -> int:
         reference = _reference(options.reference, {v.label: v.config.optimizer for v in variants})
         for variant in variants:
             check(variant.config)
-    campaign = Campaign(variants, seeds, reference, options.out, quiet=options.quiet, verbose=options.verbose)
-    return EXIT_DONE if campaign.run() else EXIT_FAILED
+    keeping = Keeping.of(options, resume=False)
+    campaign = Campaign(
+        variants, seeds, reference, options.out, quiet=options.quiet, verbose=options.verbose, keeping=keeping
+    )
+    good = campaign.run()
+    return EXIT_INTERRUPTED if campaign.interrupted else EXIT_DONE if good else EXIT_FAILED
 
 
 def _check_alone(options: argparse.Namespace, petsc: list[str]) -> None:

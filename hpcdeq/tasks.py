@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from hpcdeq.methods import MINIBATCH, TORCH_LBFGS
 from hpcdeq.models import build_model, model_config
 from hpcdeq.models.blocks import OutputScale
 from hpcdeq.models.descriptors import DescriptorFeatures
+from hpcdeq.optim import resolved_options
+from hpcdeq.optim.sampling import Sampling
+from hpcdeq.optim.stochastic import MinibatchSettings
 from hpcdeq.problem import L1, LOSSES, CrossEntropy, JacobianPenalty, Loss, TrainingProblem
 from hpcdeq.problem.auxiliary import AuxiliarySource, WithAuxiliary, standardised
 from hpcdeq.problem.chunks import GIB, fitting_chunk_size
@@ -136,6 +140,51 @@ def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tu
         problem.visits.chunk_size = size
         config = dataclasses.replace(config, chunk_size=size)
     return config, problem
+
+
+def minibatch_settings(config: TrainConfig) -> MinibatchSettings | None:
+    """Return the settings of a method on minibatches; None for any other. Not collective."""
+    if config.optimizer not in MINIBATCH:
+        return None
+    given = {name: getattr(config, name) for name in ("learning_rate", "batch_size", "weight_decay", "average")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return MinibatchSettings(seed=config.seed, schedule=config.learning_rates(), **given)
+
+
+def sampling_of(config: TrainConfig) -> Sampling | None:
+    """Return which samples a method of TAO's works on; None: all. Not collective."""
+    if config.optimizer in MINIBATCH or (config.hessian_fraction is None and config.batch_size is None):
+        return None
+    given = {name: getattr(config, name) for name in ("hessian_fraction", "batch_size", "batch_growth")}
+    return Sampling(seed=config.seed, **{name: value for name, value in given.items() if value is not None})
+
+
+def headline(config: TrainConfig, problem: TrainingProblem, counts: Mapping[str, int]) -> str:
+    """Return what a run says of itself before it begins.
+
+    Not collective.
+
+    Parameters
+    ----------
+    counts
+        Samples by split.
+    """
+    options = {**resolved_options(config.optimizer), **config.petsc}
+    words = [f"-{name} {value}" for name, value in options.items()]
+    if config.optimizer in MINIBATCH:
+        names = ("learning_rate", "schedule", "warmup", "learning_rate_floor", "average", "batch_size")
+        given = {name: getattr(config, name) for name in names}
+        words = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value is not None] + words
+    lines = {
+        "data": f"{config.data}: {problem.loss_function.task}, "
+        + ", ".join(f"{split} {count}" for split, count in counts.items()),
+        "model": f"{config.model}, {problem.layout.count} weights, {config.dtype}",
+        "optimizer": f"{config.optimizer} on {problem.comm.size} ranks",
+        "options": " ".join(words),
+    }
+    if config.memory_per_rank is not None:
+        lines["memory"] = f"{config.memory_per_rank:g} GiB a rank: chunks of {config.chunk_size} samples"
+    return "".join(f"{name:<10} {told}\n" for name, told in lines.items())
 
 
 def standardise(model: nn.Module, train: Dataset, comm: parallel.Comm) -> None:

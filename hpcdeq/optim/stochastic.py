@@ -22,6 +22,7 @@ from hpcdeq.methods import ADAMW_DECAY, BATCH_SIZE, LEARNING_RATE, MINIBATCH, Sc
 from hpcdeq.optim.base import BUDGET, DIVERGED, Recorder, Result
 from hpcdeq.optim.tao import initial_loss_error
 from hpcdeq.problem.randomness import random_layer
+from hpcdeq.state import Block, Known, State, whole
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,18 @@ class MinibatchSettings:
 
 
 class _Update(Protocol):
-    """Takes steps with a block of the weights, in place."""
+    """Takes steps with a block of the weights, in place; ``steps`` counts them."""
+
+    steps: Tensor
 
     def __init__(self, method: str, block: Tensor, given: MinibatchSettings) -> None: ...
 
     def step(self, gradient: Tensor, rate: float) -> None:
         """Take a step along a gradient's block at a learning rate. Not collective."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return what it remembers of steps, each ``(b,)`` like the block; shares memory. Not collective."""
+        ...
 
 
 class _Moments:
@@ -97,7 +104,7 @@ class _Moments:
     def __init__(self, method: str, block: Tensor, given: MinibatchSettings) -> None:
         self._block = block
         self._first, self._second = torch.zeros_like(block), torch.zeros_like(block)
-        self._steps = torch.zeros(())
+        self.steps = torch.zeros(())
         self._function = adamw if method == "adamw" else adam
         self._given = given
         self._decay = 0.0
@@ -112,7 +119,7 @@ class _Moments:
             [self._first],
             [self._second],
             [],
-            [self._steps],
+            [self.steps],
             fused=True,
             amsgrad=False,
             maximize=False,
@@ -123,6 +130,10 @@ class _Moments:
             weight_decay=self._decay,
         )
 
+    def memory(self) -> dict[str, Tensor]:
+        """Return both moments; see `_Update`. Not collective."""
+        return {"first": self._first, "second": self._second}
+
 
 class _RootMeanSquare:
     """RMSprop's update."""
@@ -130,7 +141,7 @@ class _RootMeanSquare:
     def __init__(self, method: str, block: Tensor, given: MinibatchSettings) -> None:
         self._block = block
         self._second = torch.zeros_like(block)
-        self._steps = torch.zeros(())
+        self.steps = torch.zeros(())
         self._given = given
 
     def step(self, gradient: Tensor, rate: float) -> None:
@@ -141,7 +152,7 @@ class _RootMeanSquare:
             [self._second],
             [],
             [],
-            [self._steps],
+            [self.steps],
             foreach=False,
             lr=rate,
             alpha=self._given.alpha,
@@ -150,6 +161,10 @@ class _RootMeanSquare:
             momentum=0.0,
             centered=False,
         )
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return the second moment; see `_Update`. Not collective."""
+        return {"second": self._second}
 
 
 class _Average:
@@ -194,16 +209,44 @@ class MinibatchRun:
         self.batch_size = count if settings.batch_size is None else min(settings.batch_size, count)
         self._steps = 0
         self._rate = 0.0
+        # Where in the data the run is: the epoch, its samples that were taken, and their losses and squared gradients.
+        self._epoch, self._start = 1, 0
+        self._losses: list[float] = []
+        self._squares = 0.0
+        self._average: _Average | None = None
+        self._random = random_layer(self.problem.model) is not None
 
-    def minimize(self, x0: Tensor, max_iterations: int) -> Result:
-        """Run epochs from x0 ``(n,)`` until the budget is used up, or the loss is not finite.
+    def minimize(self, x0: Tensor, max_iterations: int, resume: Known | None = None) -> Result:
+        """Run epochs from x0 ``(n,)``, or on from a state, until the budget is used up, or the loss is not finite.
 
         The result is then at the end of the last epoch whose loss over all samples is finite.
         """
         problem = self.problem
-        if random_layer(problem.model) is not None:  # other numbers on each rank, the same ones in every run
-            seeds = np.random.SeedSequence([self.settings.seed, problem.comm.rank])
-            torch.manual_seed(int(seeds.generate_state(1)[0]))
+        self._total = max_iterations * math.ceil(problem.dataset.count / self.batch_size)
+        self._x = self._x0 = x0
+        if resume is None:
+            self._begin(x0)
+        else:
+            self._restore(resume)
+        while True:
+            ends = self._epoch > max_iterations
+            out_of_time = not ends and self._epoch > 1 and self._spent() >= 1
+            if self.recorder.safe_point(self._state, last=ends or out_of_time):
+                return self.recorder.interrupted()
+            if out_of_time:
+                return self._out_of_time()
+            if ends:
+                words = "the epochs are used up; --max-iterations allows more"
+                return self.recorder.result(BUDGET, "DIVERGED_MAXITS", words)
+            with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are answers here
+                ended = self._take_epoch()
+            if ended is not None:
+                return ended
+
+    def _begin(self, x0: Tensor) -> None:
+        problem = self.problem
+        if self._random:
+            self._seed(0)
         # A pass over all samples takes as long as an epoch: what is told of the beginning is what the first batch says.
         loss, gradient = problem.loss_and_gradient(x0, self._order(1)[: self.batch_size])
         if not np.isfinite(loss):
@@ -212,46 +255,91 @@ class MinibatchRun:
         del gradient  # a whole vector, for all of the run
         self._block = x0[problem.layout.owned].detach().to("cpu", copy=True)
         self._update: _Update = _UPDATES[self.method](self.method, self._block, self.settings)
-        average = self.settings.average
-        self._average = None if average is None else _Average(self._block, average)
-        self._total = max_iterations * math.ceil(problem.dataset.count / self.batch_size)
-        self._x = self._x0 = x0
-        for epoch in range(1, max_iterations + 1):
-            with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are answers here
-                ended = self._epoch(epoch)
-            if ended is not None:
-                return ended
-            if self._spent() >= 1:
-                return self._out_of_time()
-        words = "the epochs are used up; --max-iterations allows more"
-        return self.recorder.result(BUDGET, "DIVERGED_MAXITS", words)
+        self._average = self._new_average()
 
-    def _epoch(self, epoch: int) -> Result | None:
+    def _new_average(self) -> _Average | None:
+        return None if self.settings.average is None else _Average(self._block, self.settings.average)
+
+    def _seed(self, steps: int) -> None:
+        """Let layers draw other numbers on each rank, and the same ones in every run."""
+        seeds = np.random.SeedSequence([self.settings.seed, self.problem.comm.rank, steps])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+
+    def _state(self) -> State:
+        """Return all that the next step depends on. Collective."""
+        return {
+            "method": self.method,
+            "epoch": self._epoch,
+            "start": self._start,
+            "steps": self._steps,
+            "rate": self._rate,
+            "losses": np.array(self._losses),
+            "squares": Block(np.array([self._squares])),  # each rank's own sum: they are added at the end of the epoch
+            "random": Block(torch.get_rng_state().numpy()) if self._random else None,  # each rank's own
+            **{name: Block(vector.numpy()) for name, vector in self._vectors().items()},
+        }
+
+    def _vectors(self) -> dict[str, Tensor]:
+        """Return this rank's blocks of all vectors that go on from step to step."""
+        vectors = {"weights": self._block, **self._update.memory()}
+        return vectors if self._average is None else vectors | {"average": self._average.block}
+
+    def _restore(self, known: Known) -> None:
+        """Go on from a state."""
+        layout, comm = self.problem.layout, self.problem.comm
+        self._block = torch.zeros(layout.block_sizes[comm.rank], dtype=self._x.dtype)
+        self._update = _UPDATES[self.method](self.method, self._block, self.settings)
+        self._average = self._new_average()
+        self._epoch, self._start = int(known["epoch"]), int(known["start"])
+        self._steps, self._rate = int(known["steps"]), known["rate"]
+        self._update.steps.fill_(self._steps)
+        self._losses = known["losses"].tolist()
+        squares = whole(known["squares"])
+        own = squares[comm.rank :: comm.size]  # as many ranks: this rank's; otherwise the sum is the same
+        self._squares = float(own.sum())
+        for name, vector in self._vectors().items():
+            vector.copy_(torch.from_numpy(known[name][layout.owned]))
+        self._x = self._whole(self._block)
+        if self._random:
+            size = len(torch.get_rng_state())
+            states = whole(known["random"])
+            if len(states) == size * comm.size:
+                torch.set_rng_state(torch.from_numpy(states[size * comm.rank : size * (comm.rank + 1)].copy()))
+            else:  # there were more or fewer ranks
+                self._seed(self._steps)
+
+    def _take_epoch(self) -> Result | None:
         """Take the steps of an epoch and record where they end; return a result if the run ends with them."""
-        count, order = self.problem.dataset.count, self._order(epoch)
-        losses: list[float] = []
-        squares = 0.0
+        epoch, count = self._epoch, self.problem.dataset.count
+        order = self._order(epoch)
         spent = self._spent()
-        for start in range(0, count, self.batch_size):
+        while self._start < count:
             try:
-                loss, own = self.problem.owned_loss_and_gradient(self._x, order[start : start + self.batch_size])
+                batch = order[self._start : self._start + self.batch_size]
+                loss, own = self.problem.owned_loss_and_gradient(self._x, batch)
             except ConvergenceError as error:
                 if not self._steps:
                     raise
                 return self._diverged(epoch, f"could not be computed ({str(error).splitlines()[0]})")
             if not math.isfinite(loss):
                 return self._diverged(epoch, f"became {loss}")
-            losses.append(loss)
-            squares += float(own @ own)
+            self._losses.append(loss)
+            self._squares += float(own @ own)
             self._step(own, spent)
+            self._start += self.batch_size
             spent = self._spent()
+            if self._start < count and self.recorder.safe_point(self._state, last=spent >= 1):
+                return self.recorder.interrupted()
             if spent >= 1:
                 break
-        norm = (self.problem.sum_of_blocks(np.array([squares])) / len(losses)) ** 0.5
+        unfinished = self._start < count  # the checkpoint goes on within the epoch
+        losses = self._losses
+        norm = (self.problem.sum_of_blocks(np.array([self._squares])) / len(losses)) ** 0.5
         if not math.isfinite(norm):
             return self._diverged(epoch, f"has a gradient of norm {norm}")
         self.recorder.emit(epoch, self._iterate(), sum(losses) / len(losses), norm, None)
-        return self._out_of_time() if spent >= 1 else None
+        self._epoch, self._start, self._losses, self._squares = epoch + 1, 0, [], 0.0
+        return self._out_of_time() if unfinished else None
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the samples in the order that an epoch takes them in, the same on all ranks."""

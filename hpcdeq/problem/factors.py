@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcdeq import parallel
+from hpcdeq import parallel, state
 from hpcdeq.problem.kronecker import Shape, Sums, local_sums
 from hpcdeq.problem.phases import FACTORS
 from hpcdeq.problem.recording import EMBEDDING, KINDS, SPECTRAL
 from hpcdeq.problem.training import TrainingProblem
+from hpcdeq.state import Known, State, rows_of, table
 
 PROBES = 3
 SAMPLES = 128
@@ -104,6 +105,7 @@ class KroneckerFactors:
         self.blocks: list[Block] = []
         self.diagonal = np.zeros(0)
         self._updates = 0
+        self._shapes: list[Shape] = []
         layout = problem.layout
         self._starts = np.concatenate([[0], np.cumsum(layout.lengths)])
         self._rest: list[int] = []  # parameters without factors
@@ -137,6 +139,49 @@ class KroneckerFactors:
         own = layout.scatter_sum(out)
         own[self._places] = v[layout.owned].double().numpy()[self._places] / (self.diagonal + damping)
         return own
+
+    # --------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> State:
+        """Return the factors, each from the rank that owns it, and the diagonal."""
+        kinds = [
+            (s.weight, -1 if s.bias is None else s.bias, KINDS.index(s.kind), s.batch, s.inputs, s.outputs)
+            for s in self._shapes
+        ]
+        return {
+            "updates": self._updates,
+            "largest": self.largest,
+            "of_weights": self.of_weights,
+            "diagonal": state.Block(self.diagonal),
+            "shapes": np.array(kinds, dtype=np.int64).reshape(-1, 6),
+            "factors": table({b.shape.weight: np.concatenate([_flat(b.given), _flat(b.probed)]) for b in self.blocks}),
+        }
+
+    def restore(self, known: Known) -> None:
+        """Go on from a state: decompose the factors that this rank owns now."""
+        self._updates = int(known["updates"])
+        self.largest, self.of_weights = known["largest"], known["of_weights"]
+        shapes = [
+            Shape(weight, None if bias < 0 else bias, KINDS[kind], *orders)
+            for weight, bias, kind, *orders in known["shapes"].tolist()
+        ]
+        comm = self.problem.comm
+        owners = shared_out([shape.cost for shape in shapes], comm.size)
+        own = [shape for shape, owner in zip(shapes, owners, strict=True) if owner == comm.rank]
+        rows = rows_of(known["factors"], [shape.weight for shape in own])
+        self.blocks = []
+        for shape in own:
+            given, probed = np.split(rows[shape.weight], [shape.lengths[0]])
+            self.blocks.append(
+                Block(
+                    shape,
+                    _square(given, shape.batch, shape.inputs, shape.is_complex).clone(),
+                    _square(probed, shape.batch, shape.outputs, shape.is_complex).clone(),
+                    self.problem.layout.dtype,
+                )
+            )
+        _, _, ends = self._cover(shapes)
+        self.diagonal = np.array(known["diagonal"][ends[comm.rank] : ends[comm.rank + 1]])
 
     # ---------------------------------------------------------------------------------------------------- sums
 
@@ -189,29 +234,41 @@ class KroneckerFactors:
     def _reduce_diagonal(self, sums: Sums, shapes: list[Shape], count: float) -> None:
         """Find the diagonal of what has no factors, and smooth what few probes say of one number by its tensor's mean."""
         layout, comm = self.problem.layout, self.problem.comm
-        covered = {number for shape in shapes for number in (shape.weight, shape.bias)}
-        rest = [number for number in range(len(layout.lengths)) if number not in covered]
-        if rest != self._rest:
+        before = self._rest
+        whole, owner_of, ends = self._cover(shapes)
+        if self._rest != before:
             self.diagonal = np.zeros(0)
-        self._rest = rest
-        # The weights without factors, laid end to end: which parameter each is of, where in the whole, and on which rank.
-        owner_of = np.repeat(rest, [layout.lengths[number] for number in rest]).astype(np.int64)
-        whole = np.concatenate(
-            [np.arange(self._starts[n], self._starts[n + 1]) for n in rest] or [np.zeros(0, np.int64)]
-        )
-        ends = np.searchsorted(whole, np.concatenate([[0], np.cumsum(layout.block_sizes)]))
-        own = slice(int(ends[comm.rank]), int(ends[comm.rank + 1]))
-        self._places = whole[own] - layout.owned.start
         probes = sums.gradients.shape[0]
         parts = np.ascontiguousarray(sums.gradients.numpy()[:, whole].T)
         sizes = [probes * int(size) for size in np.diff(ends)]
         total = parallel.sum_and_scatter(comm, parts.ravel(), sizes).reshape(-1, probes)
+        own = owner_of[ends[comm.rank] : ends[comm.rank + 1]]
         found = (total * total).mean(axis=1) / count
-        weights = np.bincount(owner_of[own], found, minlength=len(layout.lengths))
+        weights = np.bincount(own, found, minlength=len(layout.lengths))
         means = parallel.sum_over_ranks(comm, weights) / np.maximum(layout.lengths, 1)
-        found = 0.5 * found + 0.5 * means[owner_of[own]]
+        found = 0.5 * found + 0.5 * means[own]
         last = self.diagonal
         self.diagonal = MEMORY * last + (1 - MEMORY) * found if len(last) else found
+
+    def _cover(self, shapes: list[Shape]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Note which weights have factors, and lay the others end to end.
+
+        Returns
+        -------
+        tuple
+            ``(r,)`` places of those without in the whole vector, ``(r,)`` the parameter each is of, and ``(ranks + 1,)`` where
+            each rank's begin among them.
+        """
+        layout, comm = self.problem.layout, self.problem.comm
+        covered = {number for shape in shapes for number in (shape.weight, shape.bias)}
+        self._shapes = shapes
+        self._rest = [number for number in range(len(layout.lengths)) if number not in covered]
+        owner_of = np.repeat(self._rest, [layout.lengths[number] for number in self._rest]).astype(np.int64)
+        places = [np.arange(self._starts[n], self._starts[n + 1]) for n in self._rest]
+        whole = np.concatenate([np.zeros(0, np.int64), *places])
+        ends = np.searchsorted(whole, np.concatenate([[0], np.cumsum(layout.block_sizes)]))
+        self._places = whole[ends[comm.rank] : ends[comm.rank + 1]] - layout.owned.start
+        return whole, owner_of, ends
 
     # ------------------------------------------------------------------------------------------------- vectors
 
