@@ -183,6 +183,7 @@ class Training:
 
     def _introduce(self, known: Known | None) -> None:
         from hpcdeq.data.dataset import missing_classes
+        from hpcdeq.tasks import headline
 
         self._say(headline(self.config, self.problem, {name: data.count for name, data in self.sets.items()}))
         absent = missing_classes(self.sets["train"], self.comm)

@@ -64,6 +64,7 @@ class TaoRun:
             None  # the last gradient, which line searches ask for again
         )
         self._jacobian_at: Tensor | None = None
+        self._gathered: Tensor | None = None
         self._own: Any = None  # the context of a type that knows its state
         self._grown = 0  # the iteration whose samples are worked on
         self._interrupted = False
