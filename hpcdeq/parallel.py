@@ -12,10 +12,8 @@ import os
 import re
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import TypeVar, cast
 
@@ -24,53 +22,13 @@ from mpi4py import MPI
 
 from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, HpcdeqError, RankError
 from hpcdeq.startup import leave_with_parent
+from hpcdeq.traffic import count
 
 T = TypeVar("T")
 Comm = MPI.Intracomm
 
 WORLD: Comm = MPI.COMM_WORLD
 SELF: Comm = MPI.COMM_SELF
-
-
-@dataclass
-class Traffic:
-    """What one rank has handed to collectives, by their kind.
-
-    Attributes
-    ----------
-    calls
-        How often each kind was called.
-    bytes
-        Of the arrays that they worked on: of a sum its array, of a gathered or scattered vector the whole; of Python objects
-        their pickled size.
-    """
-
-    calls: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
-
-
-_traffic: list[Traffic] = []  # those that count at present
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[Traffic]:
-    """Count what this rank hands to collectives inside a ``with`` block. Not collective.
-
-    PETSc's own reductions (inner products and norms of its vectors) are not among them: PETSc counts those.
-    """
-    own = Traffic()
-    _traffic.append(own)
-    try:
-        yield own
-    finally:
-        _traffic.remove(own)
-
-
-def _count(kind: str, content: object) -> None:
-    for traffic in _traffic:
-        traffic.calls[kind] += 1
-        size = content.nbytes if isinstance(content, np.ndarray) else len(MPI.pickle.dumps(content))
-        traffic.bytes[kind] += size
 
 
 def sum_over_ranks(comm: Comm, values: np.ndarray) -> np.ndarray:
@@ -81,7 +39,7 @@ def sum_over_ranks(comm: Comm, values: np.ndarray) -> np.ndarray:
     total = np.ascontiguousarray(values)
     if comm.size > 1:
         total = total.copy()
-        _count("allreduce", total)
+        count("allreduce", total)
         comm.Allreduce(MPI.IN_PLACE, total, op=MPI.SUM)
     return total
 
@@ -104,7 +62,7 @@ def _extreme(comm: Comm, value: float, op: MPI.Op) -> float:
     if comm.size == 1:
         return value
     found = np.array([value], np.float64)
-    _count("allreduce", found)
+    count("allreduce", found)
     comm.Allreduce(MPI.IN_PLACE, found, op=op)
     return float(found[0])
 
@@ -122,7 +80,7 @@ def any_rank(comm: Comm, flag: bool) -> bool:
 def from_root(comm: Comm, value: T) -> T:
     """Return rank 0's value on every rank. Collective on comm."""
     if comm.size > 1:
-        _count("broadcast", value)
+        count("broadcast", value)
     return comm.bcast(value, root=0)
 
 
@@ -182,7 +140,7 @@ def gather_blocks(comm: Comm, block: np.ndarray, sizes: list[int], out: np.ndarr
     if comm.size == 1:
         out[:] = block
         return out
-    _count("allgather", out)
+    count("allgather", out)
     comm.Allgatherv(np.ascontiguousarray(block), [out, sizes])
     return out
 
@@ -195,7 +153,7 @@ def sum_and_scatter(comm: Comm, values: np.ndarray, sizes: list[int]) -> np.ndar
     if comm.size == 1:
         return values.copy()
     out = np.empty(sizes[comm.rank])
-    _count("reduce_scatter", values)
+    count("reduce_scatter", values)
     comm.Reduce_scatter([np.ascontiguousarray(values), MPI.DOUBLE], [out, MPI.DOUBLE], recvcounts=sizes, op=MPI.SUM)
     return out
 
@@ -398,7 +356,7 @@ def cores_of_rank(comm: Comm) -> int:
     try:
         own = frozenset(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
-        own = frozenset(range(os.cpu_count() or 1))
+        own = frozenset(range(os.cpucount() or 1))
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     everyone = node.allgather(own)
     node.Free()

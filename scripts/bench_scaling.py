@@ -149,7 +149,7 @@ def inside(asked: dict[str, Any]) -> dict[str, Any]:
         problem.owned_loss_and_gradient(layout.gather(block))
 
     spent = timed(comm, evaluate, asked["repeats"])
-    with parallel.counted() as traffic:
+    with counted() as traffic:
         evaluate()
     found = {
         "ranks": comm.size,
@@ -166,7 +166,7 @@ def inside(asked: dict[str, Any]) -> dict[str, Any]:
         PETSc.Log.begin()
         for method in ("lbfgs", "trgn"):
             before = {name: PETSc.Log.Event(name).getPerfInfo()["count"] for name in PETSC_REDUCTIONS}
-            with parallel.counted() as traffic:
+            with counted() as traffic:
                 result = hpcdeq.minimize(problem, method, asked["iterations"], raise_on_failure=False)
             own = sum(PETSc.Log.Event(n).getPerfInfo()["count"] - count for n, count in before.items())
             found["iteration"][method] = {

@@ -14,6 +14,7 @@ from conftest import Run
 from hpcdeq import parallel
 from hpcdeq.errors import CheckpointError, ConvergenceError, HpcdeqError, OptionError, RankError
 from hpcdeq.parallel import Comm
+from hpcdeq.traffic import counted
 
 EVERY = pytest.mark.parallel([1, 2, 3])
 SEVERAL = pytest.mark.parallel([2, 3])
@@ -87,9 +88,9 @@ def test_gather_blocks_keeps_single_precision(comm: Comm) -> None:
 @EVERY
 def test_traffic_is_counted_where_it_is_asked_for(comm: Comm) -> None:
     sizes = [2] * comm.size
-    with parallel.counted() as outer:
+    with counted() as outer:
         parallel.sum_over_ranks(comm, np.zeros(3))
-        with parallel.counted() as traffic:
+        with counted() as traffic:
             parallel.sum_over_ranks(comm, np.zeros((2, 3)))
             parallel.any_rank(comm, False)
             parallel.agree(comm, None)
