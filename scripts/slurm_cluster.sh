@@ -101,18 +101,19 @@ SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 JobRequeue=1
-KillWait=5
+KillWait=10
 ReturnToService=2
 PartitionName=main Nodes=ALL Default=YES OverSubscribe=FORCE MaxTime=INFINITE State=UP
 END
+    # One node is called what this machine is called: mpirun looks for itself in the list of nodes.
     for node in $(seq "$nodes"); do
-        mkdir -p "$dir/spool-node$node" "$dir/tmp-node$node"
-        [ "$nodes" = 1 ] || {
+        if [ "$nodes" -gt 1 ]; then
             host=node$node
             address=$(cat "$dir/network").$((node + 1))
             echo "$address $host" >>"$dir/hosts"
-        }
-        echo "NodeName=node$node NodeHostname=$host NodeAddr=$address Port=$((port + node)) CPUs=${CPUS:-4}" >>"$dir/slurm.conf"
+        fi
+        mkdir -p "$dir/spool-$host" "$dir/tmp-$host"
+        echo "NodeName=$host NodeHostname=$host NodeAddr=$address Port=$((port + node)) CPUs=${CPUS:-4}" >>"$dir/slurm.conf"
     done
 }
 
@@ -170,7 +171,7 @@ start() { # DIR NODES
         sleep 0.1
     done
     if [ "$nodes" = 1 ]; then
-        daemon "$dir" slurmd-node1 slurmd -D -N node1
+        daemon "$dir" "slurmd-$(hostname -s)" slurmd -D
     else
         ip link add "$(bridge "$dir")" type bridge && ip addr add "$(cat "$dir/network").1/24" dev "$(bridge "$dir")" &&
             ip link set "$(bridge "$dir")" up || fail 3 "no bridge between nodes can be made here (ip link add type bridge)"

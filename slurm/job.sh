@@ -1,7 +1,7 @@
 # Sourced by the .sbatch files: what happens to a job from its start to its end. Nothing here is of a machine.
 #
 #   begin MEASURE...         environment, ranks and threads from the allocation, and a look at whether they form one job
-#   run PROGRAM...           run it on all ranks; a signal that the job gets reaches it
+#   run MODULE ARGUMENTS     run it on all ranks; a signal that the job gets reaches it
 #   end ARGUMENTS            leave with its exit code, or go on in the same job or a new one
 #
 # A program that was interrupted leaves with 75, or is ended by the signal it was sent. It goes on only if MEASURE, a
@@ -74,25 +74,25 @@ submit() { # OPTIONS... SCRIPT ARGUMENTS...: another job like this one; print it
 SIGNAL=
 ARRIVED=0
 PROGRAM=
+ENDED=false # by Slurm
 arrive() { # SIGNAL
     SIGNAL=$1
     ARRIVED=$((ARRIVED + 1))
-    [ "$SIGNAL" != TERM ] || ! ended_by_slurm || return 0
-    # mpirun and srun both hand USR1 on to all ranks; told to end by TERM, they would end the ranks instead.
-    [ -z "$PROGRAM" ] || kill -USR1 "$PROGRAM" 2>/dev/null || true
+    [ "$SIGNAL" != TERM ] || why_terminated
+    # Slurm tells the ranks, too, when it ends a job. Otherwise the signal is handed on as USR1, which mpirun and srun
+    # both give to all ranks; by TERM they would end them.
+    $ENDED || [ -z "$PROGRAM" ] || kill -USR1 "$PROGRAM" 2>/dev/null || true
 }
 trap 'arrive USR1' USR1
 trap 'arrive TERM' TERM
 
-ended_by_slurm() { # that TERM came because the job ends, which the ranks have then been told as well; why is in its state
-    local state patience
-    state=$(fact JobState):$(fact PreemptTime)
-    case $state in
-    TIMEOUT:* | PREEMPTED:* | *:[0-9]*) SIGNAL=TIMEOUT ;;
-    RUNNING:*) return 1 ;;
-    *) return 0 ;;
+why_terminated() { # Slurm's state of the job tells: its time is up, or it makes room for another; it was cancelled; or neither
+    local patience
+    case $(fact JobState):$(fact Reason):$(fact PreemptTime) in
+    TIMEOUT:* | *:TimeLimit:* | PREEMPTED:* | *:[0-9]*) SIGNAL=TIMEOUT ENDED=true ;;
+    CANCELLED:* | COMPLETING:*) ENDED=true ;;
     esac
-    if [ -n "$PROGRAM" ]; then
+    if $ENDED && [ -n "$PROGRAM" ]; then
         # Slurm kills what is left after KillWait: half of that time is for the program, half for what this script does then.
         patience=$(timeout 20 scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
         (
@@ -108,15 +108,15 @@ begin() { # MEASURE...
     SCRIPT=$HPCDEQ_SLURM/$(timeout 20 scontrol show job "$JOB" | grep -oP '^ *Command=\K.*?\.sbatch' | sed 's|.*/||') ||
         refuse "scontrol show job $JOB does not name the file that was submitted: submit one of slurm/*.sbatch"
     source "$HPCDEQ_SLURM/env.sh"
+    # By its full name: in a job Open MPI puts the folder of its own programs before all others.
+    PYTHON=$(command -v python) || refuse "there is no python on the path: see slurm/env.sh"
     export OMP_NUM_THREADS=$THREADS
-    # mpirun that is told to end kills its ranks a second later: their last checkpoint takes longer. Open MPI 5 and 4.
-    export PRTE_MCA_odls_base_sigkill_timeout=25 OMPI_MCA_odls_base_sigkill_timeout=25
     say "$SLURM_JOB_NAME on $SLURM_JOB_NODELIST: $RANKS ranks of $THREADS threads by $HPCDEQ_LAUNCHER, bound: $HPCDEQ_BIND," \
         "continuation $CONTINUATIONS"
     # A launcher that does not speak this MPI's language starts as many separate programs, which then write one folder.
     if [ "$RANKS" -gt 1 ] && [ "$CONTINUATIONS" = 0 ]; then
         local sizes
-        sizes=$(timeout 300 "${LAUNCH[@]}" python -c 'from mpi4py import MPI; print(MPI.COMM_WORLD.size)') ||
+        sizes=$(timeout 300 "${LAUNCH[@]}" "$PYTHON" -c 'from mpi4py import MPI; print(MPI.COMM_WORLD.size)') ||
             refuse "$HPCDEQ_LAUNCHER could not start $RANKS ranks (see above)"
         sizes=$(sort -u <<<"$sizes" | tr '\n' ' ')
         [ "$sizes" = "$RANKS " ] ||
@@ -125,11 +125,11 @@ begin() { # MEASURE...
     BEFORE=$("${MEASURE[@]}")
 }
 
-run() { # PROGRAM...
+run() { # MODULE ARGUMENTS...
     local before
     CODE=$INTERRUPTED
     [ -z "$SIGNAL" ] || return 0
-    "${LAUNCH[@]}" "$@" &
+    "${LAUNCH[@]}" "$PYTHON" -m "$@" &
     PROGRAM=$!
     # A signal ends the wait, not the program. That both happen at once is no matter: the status is kept for the next wait.
     while :; do
@@ -147,13 +147,14 @@ end() { # ARGUMENTS...: of the script, which a new job gets again
         say "done"
         exit 0
     fi
-    if [ "$CODE" != $INTERRUPTED ] && ! { [ -n "$SIGNAL" ] && [ "$CODE" -gt 128 ]; }; then
+    # Where Slurm ends a job it also ends mpirun's helpers on other nodes, and mpirun then leaves with a code of its own.
+    if [ "$CODE" != $INTERRUPTED ] && ! $ENDED && ! { [ -n "$SIGNAL" ] && [ "$CODE" -gt 128 ]; }; then
         say "failed with exit code $CODE"
         exit "$CODE"
     fi
     after=$("${MEASURE[@]}")
     say "interrupted (exit code $CODE${SIGNAL:+, signal $SIGNAL}), at $BEFORE before and at $after now"
-    if [ "$SIGNAL" = TERM ] || [ "$(fact JobState)" = CANCELLED ]; then
+    if [ "$SIGNAL" = TERM ] || { ! $ENDED && [ "$(fact JobState)" != RUNNING ]; }; then
         say "cancelled: the same command goes on from there"
         exit $INTERRUPTED
     fi
