@@ -151,18 +151,18 @@ daemon() { # DIR NAME COMMAND...: in a session of its own, so that no terminal's
     local dir=$1 name=$2
     shift 2
     HPCDEQ_CLUSTER=$dir SLURM_CONF=$dir/slurm.conf setsid "$@" </dev/null >"$dir/$name.out" 2>&1 &
-    echo $! >>"$dir/pids"
 }
 
 start() { # DIR NODES
     local dir=$1 nodes=$2 node waited
     [ -z "$(missing)" ] || fail 3 "not installed: $(missing)(as root: bash scripts/slurm_cluster.sh install)"
-    [ ! -e "$dir/pids" ] || fail 1 "a cluster has been started in $dir: stop it, or take another folder"
+    [ ! -e "$dir/running" ] || fail 1 "a cluster has been started in $dir: stop it, or take another folder"
     [ ${#dir} -le 90 ] || fail 1 "$dir is too long: the path of a socket has 107 characters at most"
     [ "$nodes" = 1 ] || unshare --net --uts --mount ip link set lo up 2>/dev/null ||
         fail 3 "several nodes need network namespaces, which only root can make (unshare --net, ip)"
     mkdir -p "$dir/state" "$dir/tmp"
     chmod 700 "$dir"
+    touch "$dir/running"
     configure "$dir" "$nodes"
     daemon "$dir" munged munged --foreground --force --socket="$dir/munge.socket" --key-file="$dir/munge.key" \
         --pid-file="$dir/munged.pid" --seed-file="$dir/munged.seed" --log-file="$dir/munged.log"
@@ -181,7 +181,7 @@ start() { # DIR NODES
         done
     fi
     daemon "$dir" slurmctld slurmctld -D
-    if [ -n "${OWNER:-}" ]; then daemon "$dir" watch bash "$SELF" watch "$dir" "$OWNER"; fi
+    if [ -n "${OWNER:-}" ]; then setsid bash "$SELF" watch "$dir" "$OWNER" </dev/null >"$dir/watch.out" 2>&1 & fi
     export SLURM_CONF=$dir/slurm.conf
     for waited in $(seq 60); do
         if [ "$(timeout 5 sinfo -h -N -t idle -o %N 2>/dev/null | sort -u | wc -l)" = "$nodes" ]; then return; fi
@@ -193,36 +193,29 @@ start() { # DIR NODES
 }
 
 own_processes() { # DIR: daemons, and jobs with all that they started, known by their environment
-    local process words
-    for process in /proc/[0-9]*; do
-        words=$(tr '\0' '\n' 2>/dev/null <"$process/environ" | grep -E '^(HPCDEQ_CLUSTER|SLURM_CONF|SLURM_JOB_ID)=') || continue
-        case $words in
-        *"HPCDEQ_CLUSTER=$1"*) echo "${process#/proc/}" ;;
-        *SLURM_JOB_ID=*) [[ $words != *"SLURM_CONF=$1/slurm.conf"* ]] || echo "${process#/proc/}" ;;
-        esac
-    done
+    local jobs
+    grep -lzxsF "HPCDEQ_CLUSTER=$1" /proc/[0-9]*/environ | cut -d/ -f3 || true
+    jobs=$(grep -lzxsF "SLURM_CONF=$1/slurm.conf" /proc/[0-9]*/environ || true)
+    # shellcheck disable=SC2086
+    [ -z "$jobs" ] || grep -lzs '^SLURM_JOB_ID=' $jobs | cut -d/ -f3 || true
 }
 
 stop() { # DIR
-    local dir=$1 waited process signal
-    unset SLURM_CONF
-    [ -e "$dir/pids" ] || return 0
+    local dir=$1 signal deadline
+    [ -e "$dir/running" ] || return 0
     for signal in TERM KILL; do
-        # Jobs end with their steps' daemons: a process that has no parent left is still found.
-        for process in $(own_processes "$dir"); do kill -$signal "$process" 2>/dev/null || true; done
-        for waited in $(seq 50); do
-            [ -n "$(own_processes "$dir")" ] || break
-            sleep 0.1
-        done
+        deadline=$((SECONDS + 5))
+        # What is a job's and has lost its daemon is found all the same.
+        own_processes "$dir" | xargs -r kill -$signal 2>/dev/null || true
+        while [ -n "$(own_processes "$dir")" ] && [ $SECONDS -lt $deadline ]; do sleep 0.2; done
     done
     # The cables went with the namespaces that had their other ends.
     [ ! -e "$dir/network" ] || ip link del "$(bridge "$dir")" 2>/dev/null || true
-    rm -f "$dir/pids" "$dir/munge.socket" "$dir/munge.socket.lock"
+    rm -f "$dir/running" "$dir/munge.socket" "$dir/munge.socket.lock"
 }
 
 watch() { # DIR PID
-    unset SLURM_CONF
-    while kill -0 "$2" 2>/dev/null; do sleep 1; done
+    while [ -e "$1/running" ] && kill -0 "$2" 2>/dev/null; do sleep 1; done
     stop "$1"
 }
 

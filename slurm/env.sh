@@ -1,5 +1,5 @@
-# The one file that is of a machine. Sourced by every job, and on every machine the same questions are answered here.
-# What is set in the environment that a job is submitted from wins, so that a job can be tried without editing.
+# The one file that is of a machine: four questions that every job asks. What HPCDEQ_... is in the environment that a job is
+# submitted from wins, so that an answer can be tried without editing.
 
 # 1. How a job gets at Python, MPI and PETSc. sbatch hands the environment on, so that an active one (venv, conda) is
 #    taken; else the one that scripts/setup.sh made. Where modules are needed, load them here, before it:
@@ -7,18 +7,21 @@
 if [ -n "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]; then
     PATH=${VIRTUAL_ENV:-$CONDA_PREFIX}/bin:$PATH
 else
+    [ -f "$HPCDEQ_SLURM/../.setup/environment" ] ||
+        refuse "there is no environment: run scripts/setup.sh once, or activate one before sbatch, or see slurm/env.sh"
     source "$HPCDEQ_SLURM/../scripts/activate.sh"
 fi
 
-# 2. What starts the ranks: mpirun (knows the allocation by itself), or srun (`srun --mpi=list` must have pmix, and the
-#    MPI must have been built with it; one that wants pmi2 has it in LAUNCH below).
+# 2. What starts the ranks: mpirun, which finds the allocation by itself, or srun, which needs a plugin that speaks with the
+#    MPI (`srun --mpi=list`; pmix for Open MPI, pmi2 for many others: change it in LAUNCH below). A pair that does not fit
+#    starts separate programs of one rank each: every job looks for that first, and refuses it.
 HPCDEQ_LAUNCHER=${HPCDEQ_LAUNCHER:-mpirun}
 
-# 3. Whether each rank is bound to cores of its own: yes, no, or auto, which binds where the node really has as many
-#    processors for this job as Slurm says (it has not where a partition is overcommitted).
+# 3. Whether each rank is bound to cores of its own: yes, no, or auto, which binds where the node lets this job use
+#    just as many processors as it was given: elsewhere others might be bound to the same ones.
 HPCDEQ_BIND=${HPCDEQ_BIND:-auto}
 if [ "$HPCDEQ_BIND" = auto ]; then
-    if [ "$(nproc)" -ge "$SLURM_CPUS_ON_NODE" ]; then HPCDEQ_BIND=yes; else HPCDEQ_BIND=no; fi
+    if [ "$(nproc)" = "$SLURM_CPUS_ON_NODE" ]; then HPCDEQ_BIND=yes; else HPCDEQ_BIND=no; fi
 fi
 
 # 4. What becomes of a job that is cut before its end: requeue (the same job again), chain (a new job after it: where

@@ -6,7 +6,8 @@
 #
 # A program that was interrupted leaves with 75, or is ended by the signal it was sent. It goes on only if MEASURE, a
 # command that prints a number, prints a larger one than when the job began: what makes no progress would go on for ever.
-set -euo pipefail
+set -Eeuo pipefail
+trap 'echo "slurm/job.sh: line $LINENO failed" >&2' ERR # none of these commands should; that one did must not be a riddle
 
 INTERRUPTED=75 # of sysexits.h: the same command may succeed later
 # 4(x2),3 is 4 on each of two nodes and 3 on another.
@@ -74,14 +75,18 @@ submit() { # OPTIONS... SCRIPT ARGUMENTS...: another job like this one; print it
 SIGNAL=
 ARRIVED=0
 PROGRAM=
-ENDED=false # by Slurm
+TOLD=false  # the program
+ENDED=false # the job, by Slurm
 arrive() { # SIGNAL
     SIGNAL=$1
     ARRIVED=$((ARRIVED + 1))
     [ "$SIGNAL" != TERM ] || why_terminated
     # Slurm tells the ranks, too, when it ends a job. Otherwise the signal is handed on as USR1, which mpirun and srun
-    # both give to all ranks; by TERM they would end them.
-    $ENDED || [ -z "$PROGRAM" ] || kill -USR1 "$PROGRAM" 2>/dev/null || true
+    # both give to all ranks; by TERM they would end them. Once: a program that gets a second one ends without more ado.
+    if ! $ENDED && ! $TOLD && [ -n "$PROGRAM" ]; then
+        TOLD=true
+        kill -USR1 "$PROGRAM" 2>/dev/null || true
+    fi
 }
 trap 'arrive USR1' USR1
 trap 'arrive TERM' TERM
@@ -107,7 +112,9 @@ begin() { # MEASURE...
     # The file that Slurm was given; what runs is a copy of it elsewhere.
     SCRIPT=$HPCDEQ_SLURM/$(timeout 20 scontrol show job "$JOB" | grep -oP '^ *Command=\K.*?\.sbatch' | sed 's|.*/||') ||
         refuse "scontrol show job $JOB does not name the file that was submitted: submit one of slurm/*.sbatch"
+    set +u # modules and environments are seldom written for it
     source "$HPCDEQ_SLURM/env.sh"
+    set -u
     # By its full name: in a job Open MPI puts the folder of its own programs before all others.
     PYTHON=$(command -v python) || refuse "there is no python on the path: see slurm/env.sh"
     export OMP_NUM_THREADS=$THREADS
@@ -118,8 +125,8 @@ begin() { # MEASURE...
         local sizes
         sizes=$(timeout 300 "${LAUNCH[@]}" "$PYTHON" -c 'from mpi4py import MPI; print(MPI.COMM_WORLD.size)') ||
             refuse "$HPCDEQ_LAUNCHER could not start $RANKS ranks (see above)"
-        sizes=$(sort -u <<<"$sizes" | tr '\n' ' ')
-        [ "$sizes" = "$RANKS " ] ||
+        sizes=$(sort -u <<<"$sizes" | xargs)
+        [ "$sizes" = "$RANKS" ] ||
             refuse "$HPCDEQ_LAUNCHER started jobs of $sizes rank(s) where one of $RANKS was asked for: see slurm/env.sh"
     fi
     BEFORE=$("${MEASURE[@]}")

@@ -31,8 +31,13 @@ if comm.rank == 0:
     if not history.exists():
         history.write_text("iteration,wall_seconds\n")
 done = comm.bcast(len(history.read_text().splitlines()) - 1 if comm.rank == 0 else None)
-if comm.rank == 0:
-    print(f"stand-in: {comm.size} ranks on {MPI.Get_processor_name()}, {os.environ['OMP_NUM_THREADS']} threads, from {done}", flush=True)
+hosts = comm.gather(MPI.Get_processor_name())
+if hosts:
+    told = ", ".join(f"{host} {hosts.count(host)}" for host in sorted(set(hosts)))
+    print(
+        f"stand-in: {comm.size} ranks on {hosts[0]}, {os.environ['OMP_NUM_THREADS']} threads, from {done}", flush=True
+    )
+    print(f"stand-in: ranks on {told}", flush=True)
 if kind == "bad":
     sys.exit(1)
 while done < options.max_iterations:
