@@ -1,6 +1,6 @@
 """Jobs in a real Slurm, on a cluster of this machine alone: cut and gone on with, cancelled, in arrays, on two nodes.
 
-Without Slurm's programs (`bash scripts/slurm_cluster.sh install`) all of it is skipped, and says so.
+All of it is skipped, saying why, without Slurm's programs (`bash scripts/slurm_cluster.sh install`) or another MPI than Open MPI.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_environment
+
+from hpcdeq.parallel import mpi_library
+
+pytestmark = pytest.mark.skipif("Open MPI" not in mpi_library(), reason="slurm/env.sh is written for Open MPI")
 
 CLUSTER = ROOT / "scripts" / "slurm_cluster.sh"
 STAND_IN = ROOT / "tests" / "stand_in"
@@ -52,7 +56,13 @@ class Cluster:
         if started.returncode == LACKING:
             pytest.skip(started.stderr.strip())
         assert started.returncode == 0, started.stderr
-        self.environment = {**clean_environment(), "SLURM_CONF": str(folder / "slurm.conf"), "VIRTUAL_ENV": sys.prefix}
+        own = {name: value for name, value in clean_environment().items() if not name.startswith(("SLURM", "HPCDEQ_"))}
+        self.environment = {**own, "SLURM_CONF": str(folder / "slurm.conf"), "VIRTUAL_ENV": sys.prefix}
+
+        speaks = subprocess.run(["srun", "--mpi=pmix", "true"], env=self.environment, timeout=60, check=False)
+        if speaks.returncode:
+            self.stop()
+            pytest.skip("srun --mpi=pmix does not run: bash scripts/slurm_cluster.sh install")
 
     def stop(self) -> None:
         """End all jobs and daemons."""
@@ -152,6 +162,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             options=("-n1", "-t1", "--signal=B:USR1@1"),
             package=STAND_IN,
             STAND_IN="deaf",
+            # Slurm ends what srun started. What mpirun did, it would lose sight of here, without cgroups.
+            HPCDEQ_LAUNCHER="srun",
         )
         yield made
     finally:
