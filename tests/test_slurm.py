@@ -152,7 +152,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "limit",
             "train",
             *EQUATION,
-            *("--optimizer", "adam", "--max-seconds", "55", "--max-iterations", "1000000", "--out", "limit"),
+            *("--optimizer", "adam", "--max-seconds", "55", "--max-iterations", "1000000", "--out", "limit", "--quiet"),
             options=("-n1", "-t1", "--signal=B:USR1@1"),
         )
         made.submit(
@@ -247,7 +247,7 @@ def test_what_should_not_go_on_does_not(
 
 
 def test_failures_end_the_job(cluster: Cluster, tmp_path: Path) -> None:
-    """A program that fails, a command line without the folder, and a launcher that starts separate programs."""
+    """A program that fails, command lines that lack something, and a launcher that starts separate programs."""
     machine = shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     text = (machine / "env.sh").read_text()
     (machine / "env.sh").write_text(text.replace("--mpi=pmix", "--mpi=none"))
@@ -255,6 +255,7 @@ def test_failures_end_the_job(cluster: Cluster, tmp_path: Path) -> None:
     jobs = {
         "failed": cluster.submit("failed", "train", *words, package=STAND_IN, STAND_IN="bad"),
         "nameless": cluster.submit("nameless", "train", "--max-iterations", "9", package=STAND_IN),
+        "alone": cluster.submit("alone", "compare", *EQUATION, "--out", "alone"),
         "apart": cluster.submit(
             "apart", "train", "--out", "apart", package=STAND_IN, slurm=machine, HPCDEQ_LAUNCHER="srun"
         ),
@@ -263,6 +264,7 @@ def test_failures_end_the_job(cluster: Cluster, tmp_path: Path) -> None:
     told = {
         "failed": ("1:0", "failed with exit code 1"),
         "nameless": ("2:0", "refused: --out DIR must be given"),
+        "alone": ("2:0", "refused: this is a job array: sbatch --array=0-N"),
         "apart": ("2:0", "refused: srun started jobs of 1 rank(s) where one of 2 was asked for: see slurm/env.sh"),
     }
     for name, (code, text) in told.items():
@@ -325,6 +327,11 @@ def test_an_array_compares_and_a_last_job_reports(cluster: Cluster) -> None:
     found = {row["run"]: (row["method"], float(row["train loss"]), int(row["iterations"])) for row in rows}
     assert found == {name: (name[:-2], told["loss"]["train"], 3) for name, told in summaries.items()}
     assert all((told["optimizer"], told["seed"]) == (name[:-2], int(name[-1])) for name, told in summaries.items())
+    # A report of fewer runs than there should be is one, and says so.
+    job = cluster.submit("lacking", "compare", "report", "c", "5", "--reference", "lbfgs", options=("-n1",))
+    cluster.ended(job)
+    assert cluster.fact(job, "ExitCode") == "1:0" and "the report lacks 1 of 5 parts" in cluster.log("lacking")
+    assert "part 4 has not ended well: see its log, and c/parts/4" in cluster.log("lacking")
 
 
 def test_the_time_limit_is_no_end(cluster: Cluster) -> None:
