@@ -6,7 +6,12 @@ Names are imported when they are first used, so that a command's ``--help`` need
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+# Scalar products of MKL's (in torch, and in PETSc where it was built with it) otherwise sum in an order that hangs on the
+# addresses of their vectors, and a run would not repeat itself to the last bit. MKL reads it before its first product.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 __version__ = "0.1.0"
 

@@ -17,17 +17,18 @@ from hpcdeq.campaign.campaign import Campaign
 from hpcdeq.campaign.plan import UNBOUNDED, Variant, parts_of, plan_variants, read_set, split_base
 from hpcdeq.commands import CommandParser
 from hpcdeq.config import EMBEDDED, EMBEDDED_SETTINGS, named_options, read_toml
-from hpcdeq.config_options import add_settings, with_options
-from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, OptionError, suggestion
+from hpcdeq.config_options import KEEPING, add_keeping, add_settings, with_options
+from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, OptionError, suggestion
 from hpcdeq.methods import learning_rate_grid
 from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments
 from hpcdeq.train import check
+from hpcdeq.training import Keeping
 
 PROGRAM = "python -m hpcdeq.compare"
 OPTIMIZERS = ("trgn", "lbfgs", "newton", "adam")
 REFERENCE = "adam"
 GRID = "grid"
-OWN = {"sources", "out", "reference", "quiet", "verbose"}  # options that go with run directories too
+OWN = {"sources", "out", "reference", "quiet", "verbose", *KEEPING}  # options that go with run directories too
 
 EPILOG = f"""\
 settings of one method: --set adam:batch_size=128 --set trgn:tao_trust0=0.5, or a table in CONFIG.toml:
@@ -40,7 +41,8 @@ DIR gets comparison.html (one file, with its figures), comparison.md, comparison
 Jobs beside each other: --part 0/9, --part 1/9, ... each work in DIR/parts/K, and the report of all is made by
   {PROGRAM} DIR/parts/* --out DIR
 without --data, the embedded default problem
-exit codes: {EXIT_DONE} done, {EXIT_FAILED} failed (all runs diverged), 2 bad usage or input
+SIGTERM, SIGUSR1 and the wall-time limit leave the run of the moment with a checkpoint; the same command goes on with it
+exit codes: {EXIT_DONE} done, {EXIT_FAILED} failed (all runs diverged), 2 bad usage or input, {EXIT_INTERRUPTED} interrupted
 """
 
 
@@ -109,6 +111,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--quiet", action="store_true", help="print a line for each run that ends, and errors")
     parser.add_argument("--verbose", action="store_true", help="print the progress of every run")
+    add_keeping(parser)
     add_settings(parser)
     return parser
 
@@ -144,8 +147,10 @@ def main(arguments: list[str]) -> int:
             number, count = options.part
             variants, seeds = _part_of(variants, seeds, number, count)
             out = out / "parts" / str(number)
-    campaign = Campaign(variants, seeds, reference, out, quiet=options.quiet, verbose=options.verbose)
-    return EXIT_DONE if campaign.run() else EXIT_FAILED
+    keeping = Keeping.of(options, resume=False)
+    campaign = Campaign(variants, seeds, reference, out, quiet=options.quiet, verbose=options.verbose, keeping=keeping)
+    good = campaign.run()
+    return EXIT_INTERRUPTED if campaign.interrupted else EXIT_DONE if good else EXIT_FAILED
 
 
 def _check_alone(options: argparse.Namespace, petsc: list[str]) -> None:

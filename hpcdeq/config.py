@@ -253,7 +253,7 @@ def named_options(petsc: list[str]) -> dict[str, str]:
 
 def complete(settings: dict[str, Any]) -> TrainConfig:
     """Return the configuration of these settings, the rest by default. Not collective."""
-    settings = {**settings, "petsc": {name: _as_word(value) for name, value in settings.get("petsc", {}).items()}}
+    settings = {**settings, "petsc": {name: as_word(value) for name, value in settings.get("petsc", {}).items()}}
     if settings.get("data", EMBEDDED) == EMBEDDED:
         settings = {**EMBEDDED_SETTINGS, **settings}
     if settings.get("dtype", "float64") == "float64":
@@ -277,7 +277,7 @@ def minibatch_resolved(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **{k: v for k, v in found.items() if getattr(config, k) is None})  # type: ignore[arg-type]
 
 
-def _as_word(value: Any) -> str:
+def as_word(value: Any) -> str:
     """Return the value of a PETSc option in a TOML file as the command line has it; true is a flag."""
     return "" if value is True else "false" if value is False else str(value)
 

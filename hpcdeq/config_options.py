@@ -12,6 +12,8 @@ from hpcdeq.commands import CommandParser
 from hpcdeq.config import TrainConfig
 from hpcdeq.methods import MINIBATCH, SCHEDULES
 
+KEEPING = ("checkpoint_every", "checkpoint_cache", "wall_seconds")  # the options of `add_keeping`
+
 
 def add_settings(parser: CommandParser) -> None:
     """Add the options that decide a run whatever its optimizer and seed are. Not collective."""
@@ -95,6 +97,35 @@ def add_settings(parser: CommandParser) -> None:
         ("adaptive", "solve as progress asks for"),
     ):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"{told} (default)")
+
+
+def add_keeping(parser: CommandParser) -> None:
+    """Add the options that say when a run's state is kept; they decide nothing of what it computes. Not collective."""
+    parser.add_argument(
+        "--checkpoint-every",
+        type=_positive,
+        metavar="N",
+        help="iterations; the clock keeps a state in any case, at least every 10 minutes",
+    )
+    parser.add_argument(
+        "--checkpoint-cache",
+        type=float,
+        default=1024.0,
+        metavar="MIB",
+        help="fixed points to begin solves from that a checkpoint may hold (default 1024); with more, none",
+    )
+    parser.add_argument(
+        "--wall-seconds",
+        type=float,
+        metavar="S",
+        help="limit of the whole job, from its start: stops before it and can be resumed (default: Slurm's, if there is one)",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give 1 or more")
+    return int(text)
 
 
 def _model_settings(text: str) -> dict[str, Any]:

@@ -75,6 +75,44 @@ def to_root(comm: Comm, value: T) -> list[T]:
     return comm.gather(value, root=0) or []
 
 
+def of_all_ranks(comm: Comm, value: T) -> list[T]:
+    """Return every rank's value, in rank order, on every rank. Collective on comm."""
+    return comm.allgather(value)
+
+
+def largest_over_ranks(comm: Comm, values: np.ndarray) -> np.ndarray:
+    """Return the element-wise maximum of every rank's array. Collective on comm."""
+    if comm.size == 1:
+        return values
+    largest = np.ascontiguousarray(values).copy()
+    comm.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
+    return largest
+
+
+def blocks_to_root(comm: Comm, block: np.ndarray, shapes: list[tuple[int, str]]) -> Iterator[np.ndarray]:
+    """Yield every rank's array on rank 0, in rank order, one at a time; nothing elsewhere.
+
+    Collective on comm. Rank 0 holds one array of another rank at once. It has to take all of them: the others wait until
+    theirs is taken.
+
+    Parameters
+    ----------
+    shapes
+        On rank 0: length and type (``dtype.str``) of every rank's array, as `to_root` has found them.
+    """
+    if comm.rank:
+        if len(block):
+            comm.Send(np.ascontiguousarray(block), dest=0)
+        return
+    for rank, (length, dtype) in enumerate(shapes):
+        if rank and length:
+            other = np.empty(length, dtype=dtype)
+            comm.Recv(other, source=rank)
+            yield other
+        elif length:
+            yield block
+
+
 def counts_of_ranks(comm: Comm, count: int) -> list[int]:
     """Return every rank's count, in rank order, on every rank. Collective on comm."""
     return comm.allgather(count)
@@ -270,6 +308,12 @@ def report_error(error: BaseException, known: bool) -> None:
 def mpi_library() -> str:
     """Return the name and version of the MPI library in use. Not collective."""
     return MPI.Get_library_version().splitlines()[0].split(", package")[0].strip("\x00 ")
+
+
+def some_ranks(comm: Comm, chosen: bool) -> Comm | None:
+    """Return a communicator of the ranks that are chosen, on them; None on the others. Collective on comm."""
+    found = comm.Split(0 if chosen else MPI.UNDEFINED, comm.rank)
+    return None if found == MPI.COMM_NULL else cast(Comm, found)
 
 
 def ranks_on_this_host(comm: Comm) -> int:

@@ -6,9 +6,13 @@ import multiprocessing
 import os
 import re
 import threading
+import time
 
 # `hpcdeq.petsc` initialises PETSc with these; a command fills them in before it imports anything of PETSc's.
 PETSC_ARGUMENTS: list[str] = []
+
+# When this process began, but for the start of Python: what a wall-time limit counts from.
+STARTED = time.monotonic()
 
 _OPTION = re.compile(r"-[a-zA-Z]\w+\Z")
 

@@ -14,8 +14,11 @@ from hpcdeq.data.dataset import target_statistics
 from hpcdeq.data.schema import SPLITS
 from hpcdeq.data.shards import Shards
 from hpcdeq.errors import DataError, OptionError
+from hpcdeq.methods import MINIBATCH
 from hpcdeq.models import build_model, model_config
 from hpcdeq.models.blocks import OutputScale
+from hpcdeq.optim.sampling import Sampling
+from hpcdeq.optim.stochastic import MinibatchSettings
 from hpcdeq.problem import L1, LOSSES, CrossEntropy, JacobianPenalty, TrainingProblem
 from hpcdeq.problem.terms import Term
 
@@ -97,6 +100,23 @@ def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tu
         on_failure=config.on_failure,
     )
     return config, problem
+
+
+def minibatch_settings(config: TrainConfig) -> MinibatchSettings | None:
+    """Return the settings of a method on minibatches; None for any other. Not collective."""
+    if config.optimizer not in MINIBATCH:
+        return None
+    given = {name: getattr(config, name) for name in ("learning_rate", "batch_size", "weight_decay")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return MinibatchSettings(seed=config.seed, schedule=config.learning_rates(), **given)
+
+
+def sampling_of(config: TrainConfig) -> Sampling | None:
+    """Return which samples a method of TAO's works on; None: all. Not collective."""
+    if config.optimizer in MINIBATCH or (config.hessian_fraction is None and config.batch_size is None):
+        return None
+    given = {name: getattr(config, name) for name in ("hessian_fraction", "batch_size", "batch_growth")}
+    return Sampling(seed=config.seed, **{name: value for name, value in given.items() if value is not None})
 
 
 def standardise(model: nn.Module, train: Dataset, comm: parallel.Comm) -> None:

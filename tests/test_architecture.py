@@ -14,7 +14,7 @@ from conftest import ROOT, Run
 
 # From the ground up: a module imports its own package and what stands below it.
 FLOORS = [
-    {"errors", "startup", "commands", "methods"},
+    {"errors", "startup", "commands", "methods", "state"},
     {"parallel"},
     {"petsc"},
     {"deq"},
@@ -28,8 +28,8 @@ FLOORS = [
     {"report"},
     {"config"},
     {"config_options"},
-    {"inference", "tasks"},
-    {"train", "prepare", "doctor", "predict", "evaluate", "compare", "study", "campaign"},
+    {"inference", "tasks", "continuing"},
+    {"train", "training", "prepare", "doctor", "predict", "evaluate", "compare", "study", "campaign"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 COMMANDS = FLOORS[-1]

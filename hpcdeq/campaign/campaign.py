@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 from hpcdeq.campaign.plan import Planned, Variant, run_of
 from hpcdeq.campaign.training import ComparedTraining
 from hpcdeq.config import EMBEDDED, TrainConfig, read_config
+from hpcdeq.continuing import can_go_on, is_unfinished
 from hpcdeq.errors import ConvergenceError, DataError, OptionError
-from hpcdeq.train import EMBEDDED_SAMPLES, PREFIXES, Training
+from hpcdeq.training import EMBEDDED_SAMPLES, PREFIXES, Keeping, Training
 
 if TYPE_CHECKING:
     from hpcdeq.report import Comparison, Run
 
 PROGRAM = "python -m hpcdeq.compare"
+NEW, BEGUN, DONE = "new", "begun", "done"  # what there is of a run
 WARM_SAMPLES = 64  # of the evaluations that are thrown away before the first run
 
 
@@ -40,20 +42,39 @@ class Campaign:
         Print a line for each run that ends, and no more.
     verbose
         Print the progress of each run.
+    keeping
+        When their checkpoints are kept.
+
+    Attributes
+    ----------
+    interrupted
+        Whether a signal or a limit of time ended it: the same command goes on.
     """
 
     def __init__(
-        self, variants: list[Variant], seeds: range, reference: str, out: Path, *, quiet: bool, verbose: bool
+        self,
+        variants: list[Variant],
+        seeds: range,
+        reference: str,
+        out: Path,
+        *,
+        quiet: bool,
+        verbose: bool,
+        keeping: Keeping | None = None,
     ) -> None:
         from hpcdeq import parallel
         from hpcdeq.data.shards import Shards
+        from hpcdeq.record import Signals
         from hpcdeq.tasks import resolved
 
         self.comm = parallel.WORLD
+        self.signals = Signals(speak=self.comm.rank == 0)
         self.seeds = seeds
         self.reference = reference
         self.out = out
         self.quiet, self.verbose = quiet, verbose
+        self.keeping = keeping or Keeping()
+        self.interrupted = False
         self._prepare(variants[0].config.data)
         with parallel.agreement(self.comm):
             self.variants = [
@@ -68,24 +89,37 @@ class Campaign:
 
     def run(self) -> bool:
         """Run what is not there yet, with a report after each run; say whether any run did not diverge."""
+        with self.signals:
+            return self._run()
+
+    def _run(self) -> bool:
         from hpcdeq import parallel
 
         for planned in self._known():
-            self._is_finished(planned)  # what does not fit is told before the first run starts
+            self._found(planned)  # what does not fit is told before the first run starts
         good = begun = False
         for planned in self._order():
-            new = not self._is_finished(planned)
+            found = self._found(planned)
+            new = found != DONE
             if new:
+                self.interrupted = parallel.any_rank(self.comm, bool(self.signals.caught))
+                if self.interrupted:
+                    break
                 if not begun:
                     self._check_methods()
                     begun = True
                 self._say(f"run {len(self.ended) + 1} of {self.total}: {planned.name}, {self._clock()}", always=False)
                 since = time.monotonic()
-                self._train(planned)
+                self._train(planned, resume=found == BEGUN)
+                if self.interrupted:
+                    break
                 self.took.setdefault(planned.label, []).append(time.monotonic() - since)
             self.ended.append(planned)
             good = parallel.only_root(self.comm, functools.partial(self._report, planned, new)) or good
-        self._say(f"report     {self.out / 'comparison.html'}")
+        if self.interrupted:
+            self._say(f"interrupted after {len(self.ended)} of {self.total} runs: the same command goes on")
+        else:
+            self._say(f"report     {self.out / 'comparison.html'}")
         return good
 
     # -------------------------------------------------------------------------------------------------- set-up
@@ -112,7 +146,7 @@ class Campaign:
         warm: set[str] = set()
         for variant in self.variants:
             with only_options(variant.config.petsc, PREFIXES):
-                problem = Training(variant.config, str(self.out), quiet=True).problem
+                problem = Training(variant.config, str(self.out), self.signals, quiet=True).problem
                 check_method(problem, variant.config.optimizer)
                 if variant.config.dtype in warm:
                     continue
@@ -149,13 +183,19 @@ class Campaign:
                 else:
                     yield run_of(variant, seed, self.chosen.get(variant.label))
 
-    def _train(self, planned: Planned) -> None:
+    def _train(self, planned: Planned, *, resume: bool) -> None:
         from hpcdeq.petsc.options import only_options
 
         with only_options(planned.config.petsc, PREFIXES):
-            run = ComparedTraining(planned.config, str(self._path(planned)), quiet=not self.verbose)
+            run = ComparedTraining(
+                planned.config,
+                str(self._path(planned)),
+                self.signals,
+                quiet=not self.verbose,
+                keeping=self.keeping._replace(resume=resume),
+            )
             try:
-                run.run()
+                self.interrupted = run.run().status == "interrupted"
             except (ConvergenceError, DataError) as error:
                 if not error.agreed:
                     raise
@@ -164,20 +204,22 @@ class Campaign:
     def _path(self, planned: Planned) -> Path:
         return self.out / "runs" / planned.name
 
-    def _is_finished(self, planned: Planned) -> bool:
-        """Say whether a run is there; set aside what is left of one that was stopped."""
+    def _found(self, planned: Planned) -> str:
+        """Say whether a run is there, or can go on; set aside what is left of one that cannot."""
         from hpcdeq import parallel
 
         return parallel.only_root(self.comm, lambda: self._look(planned))
 
-    def _look(self, planned: Planned) -> bool:
+    def _look(self, planned: Planned) -> str:
         path = self._path(planned)
-        if not (path / "summary.json").exists():
+        if is_unfinished(path):
+            if can_go_on(path, self.comm.size) and not _differences(read_config(path / "config.toml"), planned.config):
+                return BEGUN
             if path.exists():
                 aside = path.with_name(f"{path.name}.unfinished")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-            return False
+            return NEW
         differs = _differences(read_config(path / "config.toml"), planned.config)
         ranks = self._read(planned).summary.get("ranks")
         if ranks != self.comm.size:
@@ -187,7 +229,7 @@ class Campaign:
                 f"{path} has been run with other settings: {'; '.join(differs)}. Repeat the former ones, choose another"
                 f" --out, or remove {path} to run it anew"
             )
-        return True
+        return DONE
 
     # -------------------------------------------------------------------------------------------------- report
 

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from hpcdeq.config import TrainConfig
 from hpcdeq.errors import HpcdeqError
-from hpcdeq.train import Training
+from hpcdeq.training import Keeping, Training
 
 if TYPE_CHECKING:
     from hpcdeq.optim import Iterate, Result
+    from hpcdeq.record import Signals
+    from hpcdeq.state import Known, State
 
 
 class ComparedTraining(Training):
@@ -19,13 +21,16 @@ class ComparedTraining(Training):
     between, and at the last one. As the callback of the optimiser, that is not on its clock.
     """
 
-    def __init__(self, config: TrainConfig, out: str, *, quiet: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, out: str, signals: Signals, *, quiet: bool, keeping: Keeping | None = None
+    ) -> None:
         from hpcdeq.record import EvaluationWriter, Spacing
 
-        super().__init__(config, out, quiet=quiet)
+        super().__init__(config, out, signals, quiet=quiet, keeping=keeping)
         self.writer: EvaluationWriter | None = None
         self.spacing = Spacing()
         self.row = -1
+        self.evaluated = 0
         self.last: Iterate | None = None
         self.pending = False
 
@@ -50,11 +55,33 @@ class ComparedTraining(Training):
                 if self.writer is None:
                     self.writer = EvaluationWriter(self.directory.path / "evaluations.csv")
                 self.writer.write(self.row, train, test)
+        self.evaluated += 1
 
     def _finish(self, result: Result) -> None:
-        if self.pending and self.last is not None:
-            self._evaluate(self.last.x)
+        if self.pending and result.status != "interrupted":
+            self._evaluate(result.x)
         super()._finish(result)
+
+    def _state(self) -> State:
+        evaluations = {
+            "row": self.row,
+            "evaluated": self.evaluated,
+            "pending": self.pending,
+            "next": self.spacing.next,
+        }
+        return {**super()._state(), "evaluations": evaluations}
+
+    def _restore(self, known: Known) -> None:
+        from hpcdeq import parallel
+        from hpcdeq.record import EvaluationWriter, Spacing
+
+        super()._restore(known)
+        own = known["evaluations"]
+        self.row, self.evaluated, self.pending = int(own["row"]), int(own["evaluated"]), bool(own["pending"])
+        self.spacing = Spacing(own["next"])
+        with parallel.agreement(self.comm):
+            if self.directory.writes and self.evaluated:
+                self.writer = EvaluationWriter(self.directory.path / "evaluations.csv", self.evaluated)
 
     def leave_failed(self, error: HpcdeqError) -> None:
         """Leave a summary of a run that ended with an error, as one that diverged."""

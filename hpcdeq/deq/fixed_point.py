@@ -155,6 +155,10 @@ class FixedPoint(nn.Module):
         taken, self._log.amplification = self._log.amplification, 0.0
         return taken
 
+    def note_amplification(self, amplification: float) -> None:
+        """Take one that was taken, or that was known before, back into account. Not collective."""
+        self._log.amplification = max(self._log.amplification, amplification)
+
     @property
     def work(self) -> Work:
         """Counters of everything that this layer has computed."""

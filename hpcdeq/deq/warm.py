@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,6 +84,29 @@ class StateCache:
         self.bytes += size
         chunk = _Chunk(value, tuple(ids), bounds, len(ids))
         places.update({name: (chunk, i) for i, name in enumerate(ids)})
+
+    def keys(self) -> list[Hashable]:
+        """Return all keys that anything is remembered for."""
+        return [key for key, places in self._places.items() if places]
+
+    def rows(self, key: Hashable) -> dict[int, Tensor]:
+        """Return the remembered rows ``(r, ...)`` of each sample; shares memory."""
+        return {
+            name: chunk.value[chunk.bounds[number] : chunk.bounds[number + 1]]
+            for name, (chunk, number) in self._places.get(key, {}).items()
+        }
+
+    def remember(self, key: Hashable, rows: Mapping[int, Tensor]) -> None:
+        """Remember the rows of samples that will be solved for together, in the order given."""
+        bounds = [0, *np.cumsum([len(row) for row in rows.values()]).tolist()]
+        chunk = _Chunk(torch.cat(list(rows.values())), tuple(rows), bounds, len(rows))
+        self.bytes += chunk.value.numel() * chunk.value.element_size()
+        self._places.setdefault(key, {}).update({name: (chunk, i) for i, name in enumerate(rows)})
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._places.clear()
+        self.bytes = 0
 
     def _forget(self, places: dict[int, tuple[_Chunk, int]], name: int) -> None:
         place = places.pop(name, None)

@@ -30,9 +30,14 @@ class Work:
     unconverged: int = field(default=0, repr=False)
     _solves_taken: int = field(default=0, repr=False)
 
+    @property
+    def statistics(self) -> tuple[int, int, int, int]:
+        """(solves, sum of iterations, largest, unconverged) since the statistics were last taken."""
+        return (self.solves - self._solves_taken, self.iterations_sum, self.iterations_max, self.unconverged)
+
     def take_statistics(self) -> tuple[int, int, int, int]:
         """Return (solves, sum of iterations, largest, unconverged) since the last call. Not collective."""
-        taken = (self.solves - self._solves_taken, self.iterations_sum, self.iterations_max, self.unconverged)
+        taken = self.statistics
         self._solves_taken = self.solves
         self.iterations_sum = self.iterations_max = self.unconverged = 0
         return taken

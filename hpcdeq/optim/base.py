@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from hpcdeq import parallel
 from hpcdeq.problem import TrainingProblem
 from hpcdeq.problem.counts import Counts, FixedPointStatistics
 from hpcdeq.problem.phases import RECORD
+from hpcdeq.problem.resuming import problem_state, restore_problem
+from hpcdeq.state import Block, Known, State, whole
 
 CONVERGED, BUDGET, DIVERGED, INTERRUPTED = "converged", "budget", "diverged", "interrupted"
 
@@ -53,6 +57,37 @@ class Iterate:
 
 
 Callback = Callable[[Iterate], None]
+
+
+class Keeper(Protocol):
+    """Is asked at every safe point, where a run could go on from its state: may keep the state, and may end the run.
+
+    Attributes
+    ----------
+    why
+        Why the run was ended, for a person to read.
+    warm_bytes
+        As in `hpcdeq.problem.resuming.problem_state`.
+    """
+
+    why: str
+    warm_bytes: int
+
+    def __call__(self, iteration: int, state: Callable[[], State], *, last: bool) -> bool:
+        """Keep the state if it is time to; return whether the run has to end, the same on all ranks.
+
+        Collective on the problem's comm.
+
+        Parameters
+        ----------
+        iteration
+            Of the last iterate.
+        state
+            Collects the complete state; collective.
+        last
+            Whether the run ends here in any case, because a budget is used up that a later one may extend.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -101,6 +136,8 @@ class Recorder:
     last: Iterate | None = None
     paused: float = 0.0
     offset: int = 0  # iterations of a solver before the present one
+    keeper: Keeper | None = None
+    notes: list[str] = field(default_factory=list)  # what a run that was resumed could not take over
 
     def seconds(self) -> float:
         """Return rank 0's wall time of the optimisation itself: what callbacks take is left out.
@@ -137,10 +174,75 @@ class Recorder:
         self.problem.progress(self.last.x, loss, gradient_norm)
         return self.last
 
+    def safe_point(self, own: Callable[[], State], *, last: bool = False) -> bool:
+        """Let the state be kept where it is time to; return whether the run has to end. Collective on the problem's comm.
+
+        Parameters
+        ----------
+        own
+            Returns the method's own state; collective.
+        last
+            See `Keeper`.
+        """
+        if self.keeper is None or self.last is None:
+            return False
+        keeper, since = self.keeper, time.perf_counter()
+
+        def complete() -> State:
+            problem = problem_state(self.problem, keeper.warm_bytes)
+            return {"run": self._state(), "problem": problem, "method": own()}
+
+        with self.problem.phases.of(RECORD):
+            stop = keeper(self.last.iteration, complete, last=last)
+        self.paused += time.perf_counter() - since
+        return stop
+
+    def interrupted(self) -> Result:
+        """Return the result of a run that the keeper ended. Not collective."""
+        why = "" if self.keeper is None else self.keeper.why
+        return self.result(INTERRUPTED, "DIVERGED_USER", f"{why}; --resume goes on from the checkpoint")
+
+    def _state(self) -> State:
+        at = self.last
+        assert at is not None
+        return {
+            "seconds": self.seconds(),
+            "offset": self.offset,
+            "iteration": at.iteration,
+            "loss": at.loss,
+            "gradient_norm": at.gradient_norm,
+            "at": at.seconds,
+            "counts": asdict(at.counts),
+            "history": np.array(self.history, dtype=float).reshape(-1, 4),
+            "x": Block(at.x[self.problem.layout.owned].cpu().numpy()),
+            "notes": "\n".join(self.notes),
+        }
+
+    def restore(self, known: Known, x0: Tensor) -> None:
+        """Go on from a state, that of the problem included. Collective on the problem's comm.
+
+        Parameters
+        ----------
+        x0
+            ``(n,)`` weights, of whose type and on whose device iterates are.
+        """
+        run = known["run"]
+        self.start = time.perf_counter() - run["seconds"]
+        self.paused = 0.0
+        self.offset = int(run["offset"])
+        self.history = [(int(row[0]), *row[1:]) for row in run["history"].tolist()]
+        x = torch.from_numpy(whole(run["x"]).copy()).to(x0.device)
+        counts = Counts(**{name: int(value) for name, value in run["counts"].items()})
+        iteration, loss, norm, at = int(run["iteration"]), run["loss"], run["gradient_norm"], run["at"]
+        self.last = Iterate(iteration, x, loss, norm, None, None, at, counts, None)
+        self.notes = [note for note in run["notes"].split("\n") if note]
+        self.notes += restore_problem(self.problem, known["problem"])
+
     def result(self, status: str, reason: str, message: str, rejected: int = 0) -> Result:
         """Return the result at the last iterate. Not collective."""
         assert self.last is not None
         at = self.last
+        message = ". ".join([message, *self.notes])
         return Result(
             at.x, status, reason, message, at.loss, at.gradient_norm, at.iteration, at.counts, self.history, rejected
         )

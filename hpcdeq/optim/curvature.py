@@ -12,7 +12,9 @@ from hpcdeq.errors import OptionError
 from hpcdeq.optim.sampling import Sampling
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.operators import ProductMatrix
+from hpcdeq.petsc.vectors import block_of, restore_vector
 from hpcdeq.problem import TrainingProblem
+from hpcdeq.state import Block, Known, State, whole
 
 
 class CurvatureMatrix(ProductMatrix):
@@ -64,6 +66,28 @@ class CurvatureMatrix(ProductMatrix):
     def remember(self, count: int) -> None:
         """Keep the last products from now on. Not collective."""
         self.pairs = deque(maxlen=count)
+
+    def state(self) -> State:
+        """Return where it is, and what it remembers. Collective on the problem's comm."""
+        owned = self.problem.layout.owned
+        return {
+            "moves": self.moves,
+            "multiple": self.multiple,
+            "point": None if self.point is None else Block(self.point[owned].double().cpu().numpy()),
+            "pairs": {str(i): {"v": block_of(v), "y": block_of(y)} for i, (v, y) in enumerate(self.pairs)},
+            "remembered": self.pairs.maxlen,
+        }
+
+    def restore(self, known: Known, like: PETSc.Vec) -> None:
+        """Go on from a state, with vectors like one. Collective on the problem's comm."""
+        self.moves, self.multiple = int(known["moves"]), known["multiple"]
+        self.point = torch.from_numpy(whole(known["point"]).copy()) if "point" in known else None
+        self.remember(int(known["remembered"]))
+        for i in range(len(known.get("pairs", {}))):
+            v, y = like.duplicate(), like.duplicate()
+            restore_vector(v, known["pairs"][str(i)]["v"])
+            restore_vector(y, known["pairs"][str(i)]["y"])
+            self.pairs.append((v, y))
 
     def forget(self) -> None:
         """Free what is kept. Collective on the problem's comm."""

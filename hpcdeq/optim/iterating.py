@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Protocol
 
 from hpcdeq.petsc import PETSc
+from hpcdeq.state import Known, State
 
 ROUNDING = 1e-14  # relative error of a loss
 
@@ -17,6 +19,50 @@ def options_of(tao: PETSc.TAO) -> PETSc.Options:
     prefix = tao.getOptionsPrefix() or ""
     tao.getKSP().setOptionsPrefix(prefix + "tao_")
     return PETSc.Options(prefix)
+
+
+class Resumable(Protocol):
+    """A TAO type that knows its state between two iterations.
+
+    Collective on the TAO, every method.
+
+    Attributes
+    ----------
+    resume
+        A state to begin with; None: from the TAO's solution.
+    """
+
+    resume: Known | None
+
+    def state(self, tao: PETSc.TAO) -> State:
+        """Return all that the next iteration depends on, but for the TAO's objective. Collective on the TAO."""
+        ...
+
+
+def solver_state(tao: PETSc.TAO) -> State:
+    """Return the states of the Hessian's context and of the preconditioner. Collective on the TAO."""
+    context = _own_preconditioner(tao)
+    return {
+        "curvature": tao.getHessian()[0].getPythonContext().state(),
+        "preconditioner": {} if context is None else context.state(),
+    }
+
+
+def restore_solver(tao: PETSc.TAO, known: Known, like: PETSc.Vec) -> None:
+    """Go on from the states of the Hessian's context and of the preconditioner. Collective on the TAO."""
+    hessian = tao.getHessian()[0]
+    hessian.getPythonContext().restore(known["curvature"], like)
+    context = _own_preconditioner(tao)
+    if context is not None and "preconditioner" in known:
+        tao.getKSP().setOperators(hessian, hessian)
+        context.restore(tao.getKSP().getPC(), known["preconditioner"])
+        tao.getKSP().setUp()
+
+
+def _own_preconditioner(tao: PETSc.TAO) -> Any:
+    """Return the context of a preconditioner of ours; None for PETSc's."""
+    pc = tao.getKSP().getPC()
+    return pc.getPythonContext() if pc.getType() == PETSc.PC.Type.PYTHON else None
 
 
 def tell(tao: PETSc.TAO, iteration: int, f: float, gradient_norm: float, step: float) -> None:

@@ -12,14 +12,25 @@ from __future__ import annotations
 import math
 
 from hpcdeq.errors import OptionError
-from hpcdeq.optim.iterating import ROUNDING, curvature_along, options_of, refreshed, tell
+from hpcdeq.optim.iterating import (
+    ROUNDING,
+    curvature_along,
+    options_of,
+    refreshed,
+    restore_solver,
+    solver_state,
+    tell,
+)
 from hpcdeq.optim.limited_memory import LimitedMemory
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.options import number
+from hpcdeq.petsc.vectors import block_of, restore_vector
+from hpcdeq.state import Known, State
 
 LONGEST = 0.1  # of ‖x‖: longer steps leave the region where anything is known of the loss
 INCREASE, DECREASE = 10.0, 4.0  # of the damping, when a line search fails and with every renewal
 KEPT = 5  # pairs that go on when the preconditioner is renewed, which has to be applied to each of them
+_NUMBERS = ("f", "iteration", "since", "length", "failed", "damping")  # of its state
 EARLY = (2, 5, 10)  # iterations at which the preconditioner is renewed, too: weights change most in the beginning
 
 
@@ -36,6 +47,10 @@ class LBFGS:
         self.first = 1e-2
         self.damping = 0.0
         self.memory = LimitedMemory(self.history)
+        self.resume: Known | None = None
+        # Between two iterations: the loss, iterations, those since the preconditioner was begun anew, the last step length,
+        # whether a line search has failed since the preconditioner was renewed.
+        self.f, self.iteration, self.since, self.length, self.failed = 0.0, 0, 0, 0.0, False
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:  # noqa: N802 (petsc4py's name)
         """Read the options."""
@@ -52,6 +67,7 @@ class LBFGS:
         x, g = tao.getSolution(), tao.getGradient()[0]
         hessian = tao.getHessian()[0]
         work = [x.duplicate() for _ in range(5)]
+        self._hg = work[3]  # H₀ g
         try:
             self._iterate(tao, x, g, hessian, work)
         finally:
@@ -62,16 +78,17 @@ class LBFGS:
     def _iterate(self, tao: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec, hessian: PETSc.Mat, work: list[PETSc.Vec]) -> None:
         direction, old_x, old_g, hg, old_hg = work
         search, searches = tao.getLineSearch(), PETSc.TAOLineSearch.ConvergedReason
-        f = tao.computeObjectiveGradient(x, g)
-        iteration, since, length = 0, 0, 0.0
-        failed = False
-        tell(tao, iteration, f, g.norm(), length)
+        if self.resume is None:
+            self.f = tao.computeObjectiveGradient(x, g)
+        else:
+            self._restore(tao, self.resume)
+        tell(tao, self.iteration, self.f, g.norm(), self.length)
         while not tao.getConvergedReason():
-            f = refreshed(tao, iteration, f, x, g)
-            if since in EARLY or since % self.renew == 0:
-                self._renew(tao, x, g, hessian, hg, failed=failed)
+            f = refreshed(tao, self.iteration, self.f, x, g)
+            if self.since in EARLY or self.since % self.renew == 0:
+                self._renew(tao, x, g, hessian, hg, failed=self.failed)
                 self._initial(tao, g, hg)
-                failed = False
+                self.failed = False
             elif tao.getUpdate() is not None:  # the gradient is of other samples than the last
                 self._initial(tao, g, hg)
             self._direct(tao, g, hg, direction)
@@ -81,26 +98,46 @@ class LBFGS:
             x.copy(old_x)
             g.copy(old_g)
             search.setInitialStepLength(1.0)
-            value, length, ended = search.apply(x, g, direction)
+            value, self.length, ended = search.apply(x, g, direction)
             success = ended in (searches.SUCCESS, searches.SUCCESS_USER)
             # Near the minimum rounding hides the decrease of the loss, and the gradient still tells.
             level = success and value <= f + ROUNDING * abs(f) and g.norm() < old_g.norm()
             if not (math.isfinite(value) and (value < f or level)):
                 old_x.copy(x)
                 old_g.copy(g)
-                if not self.memory.pairs and since == 0:
+                if not self.memory.pairs and self.since == 0:
                     tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE)
                     return
                 # Once more from the preconditioner alone, renewed and damped more.
                 self.memory.clear()
-                since, failed = 0, True
+                self.since, self.failed = 0, True
                 continue
-            f = value
-            iteration, since = iteration + 1, since + 1
+            self.f = value
+            self.iteration, self.since = self.iteration + 1, self.since + 1
             hg.copy(old_hg)
             self._initial(tao, g, hg)
             self.memory.add(*(new - old for new, old in ((x, old_x), (g, old_g), (hg, old_hg))))
-            tell(tao, iteration, f, g.norm(), length)
+            tell(tao, self.iteration, self.f, g.norm(), self.length)
+
+    def state(self, tao: PETSc.TAO) -> State:
+        """Return all that the next iteration depends on."""
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        vectors = {"x": tao.getSolution(), "g": tao.getGradient()[0], "hg": self._hg}
+        return {
+            **numbers,
+            **{name: block_of(vector) for name, vector in vectors.items()},
+            "memory": self.memory.state(),
+            **solver_state(tao),
+        }
+
+    def _restore(self, tao: PETSc.TAO, known: Known) -> None:
+        for name in _NUMBERS:
+            setattr(self, name, known[name])
+        x, g = tao.getSolution(), tao.getGradient()[0]
+        for name, vector in {"x": x, "g": g, "hg": self._hg}.items():
+            restore_vector(vector, known[name])
+        self.memory.restore(known["memory"], x)
+        restore_solver(tao, known, x)
 
     def _renew(
         self, tao: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec, hessian: PETSc.Mat, scratch: PETSc.Vec, *, failed: bool

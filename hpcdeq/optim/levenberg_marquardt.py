@@ -13,15 +13,26 @@ import math
 from collections.abc import Callable
 
 from hpcdeq.errors import OptionError
-from hpcdeq.optim.iterating import ROUNDING, curvature_along, options_of, refreshed, tell
+from hpcdeq.optim.iterating import (
+    ROUNDING,
+    curvature_along,
+    options_of,
+    refreshed,
+    restore_solver,
+    solver_state,
+    tell,
+)
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.options import number
+from hpcdeq.petsc.vectors import block_of, restore_vector
+from hpcdeq.state import Known, State
 
 GOOD, POOR = 0.75, 0.25  # ratios of decreases beyond which the damping changes
 BACKTRACKS = 4  # halvings of a step before its system is solved anew with more damping
 ATTEMPTS = 12
 SUFFICIENT = 1e-4  # of the decrease that the slope promises (Armijo)
 WINDOW = 3  # products over which their yield is averaged
+_NUMBERS = ("f", "iteration", "step", "scale", "damping", "radius")  # of its state
 FAILED = 4.0  # factor on the damping after a step without decrease
 
 
@@ -54,6 +65,9 @@ class LevenbergMarquardt:
         self.damping = 0.0
         self.radius: float | None = None
         self.enough = lambda: False
+        self.resume: Known | None = None
+        # Between two iterations: the loss, iterations, the length of the last step, the curvature that damping is counted in.
+        self.f, self.iteration, self.step, self.scale = 0.0, 0, 0.0, 0.0
 
     def setFromOptions(self, tao: PETSc.TAO) -> None:  # noqa: N802 (petsc4py's name)
         """Read the options."""
@@ -74,6 +88,7 @@ class LevenbergMarquardt:
         x, g = tao.getSolution(), tao.getGradient()[0]
         hessian = tao.getHessian()[0]
         work = _Vectors(x)
+        self._last = work.last
         try:
             self._iterate(tao, x, g, hessian, work)
         finally:
@@ -81,23 +96,23 @@ class LevenbergMarquardt:
 
     def _iterate(self, tao: PETSc.TAO, x: PETSc.Vec, g: PETSc.Vec, hessian: PETSc.Mat, work: _Vectors) -> None:
         reasons = PETSc.TAO.ConvergedReason
-        f = tao.computeObjectiveGradient(x, g)
-        work.last.set(0.0)
-        scale = 0.0
-        iteration = 0
-        step = 0.0
+        if self.resume is None:
+            self.f = tao.computeObjectiveGradient(x, g)
+            work.last.set(0.0)
+        else:
+            self._restore(tao, self.resume)
         while True:
-            tell(tao, iteration, f, g.norm(), step)
+            tell(tao, self.iteration, self.f, g.norm(), self.step)
             if tao.getConvergedReason():
                 return
-            f = refreshed(tao, iteration, f, x, g)
+            f = refreshed(tao, self.iteration, self.f, x, g)
             tao.computeHessian(x, hessian)
-            if not scale:
-                scale = curvature_along(hessian, g, work.product)
-                self.damping = self.first * scale
+            if not self.scale:
+                self.scale = curvature_along(hessian, g, work.product)
+                self.damping = self.first * self.scale
             trial = None
             for _ in range(ATTEMPTS):
-                self.damping = max(self.damping, self.least * scale)
+                self.damping = max(self.damping, self.least * self.scale)
                 trial = self._attempt(tao, x, f, g, hessian, work)
                 if trial is not None:
                     break
@@ -106,11 +121,28 @@ class LevenbergMarquardt:
             if trial is None:
                 tao.setConvergedReason(reasons.DIVERGED_TR_REDUCTION)
                 return
-            f, step = trial, work.step.norm()
+            self.f, self.step = trial, work.step.norm()
             work.step.copy(work.last)
             work.trial.copy(x)
             work.trial_gradient.copy(g)
-            iteration += 1
+            self.iteration += 1
+
+    def state(self, tao: PETSc.TAO) -> State:
+        """Return all that the next iteration depends on."""
+        vectors = {"x": tao.getSolution(), "g": tao.getGradient()[0], "last": self._last}
+        return {
+            **{name: getattr(self, name) for name in _NUMBERS},
+            **{name: block_of(vector) for name, vector in vectors.items()},
+            **solver_state(tao),
+        }
+
+    def _restore(self, tao: PETSc.TAO, known: Known) -> None:
+        for name in _NUMBERS:
+            setattr(self, name, known.get(name))
+        x, g = tao.getSolution(), tao.getGradient()[0]
+        for name, vector in {"x": x, "g": g, "last": self._last}.items():
+            restore_vector(vector, known[name])
+        restore_solver(tao, known, x)
 
     def _attempt(
         self, tao: PETSc.TAO, x: PETSc.Vec, f: float, g: PETSc.Vec, hessian: PETSc.Mat, work: _Vectors

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcdeq.petsc import PETSc
+from hpcdeq.petsc.vectors import block_of, restore_vector
+from hpcdeq.state import Known, State
 
 CURVED = 1e-10  # least s·y over ‖s‖ ‖y‖ of a pair that is kept
 Inverse = Callable[[PETSc.Vec, PETSc.Vec], None]
@@ -90,6 +92,24 @@ class LimitedMemory:
             first(pair.y, pair.hy)
         for i, pair in enumerate(self.pairs):
             self._yhy[:, i] = self._products(pair.y)[1]
+
+    def state(self) -> State:
+        """Return the pairs and their products."""
+        pairs = {
+            str(i): {name: block_of(getattr(pair, name)) for name in ("s", "y", "hy")}
+            for i, pair in enumerate(self.pairs)
+        }
+        return {"pairs": pairs, "sy": self._sy.copy(), "yhy": self._yhy.copy()}
+
+    def restore(self, known: Known, like: PETSc.Vec) -> None:
+        """Go on from a state, with vectors like one."""
+        self.clear()
+        for i in range(len(known["sy"])):
+            pair = Pair(*(like.duplicate() for _ in range(3)))
+            for name in ("s", "y", "hy"):
+                restore_vector(getattr(pair, name), known["pairs"][str(i)][name])
+            self.pairs.append(pair)
+        self._sy, self._yhy = known["sy"].reshape(2 * [len(self.pairs)]), known["yhy"].reshape(2 * [len(self.pairs)])
 
     def clear(self) -> None:
         """Forget all pairs."""

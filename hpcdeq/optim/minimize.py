@@ -11,7 +11,7 @@ from torch import Tensor
 from hpcdeq import parallel
 from hpcdeq.errors import ConvergenceError, DataError, OptionError
 from hpcdeq.methods import GROWING, METHODS, MINIBATCH, TORCH_LBFGS
-from hpcdeq.optim.base import BUDGET, DIVERGED, Callback, Recorder, Result
+from hpcdeq.optim.base import BUDGET, DIVERGED, INTERRUPTED, Callback, Keeper, Recorder, Result
 from hpcdeq.optim.presets import GAUSS_NEWTON, HESSIAN, Preset, preset_of, resolved_options
 from hpcdeq.optim.sampling import Sampling
 from hpcdeq.optim.stochastic import MinibatchRun, MinibatchSettings
@@ -22,6 +22,7 @@ from hpcdeq.petsc.vocabulary import check_options
 from hpcdeq.problem import LeastSquares, TrainingProblem
 from hpcdeq.problem.branches import elsewhere
 from hpcdeq.problem.determinism import nondeterminism
+from hpcdeq.state import Known
 
 __all__ = ["METHODS", "check_method", "minimize", "resolved_options"]
 
@@ -39,6 +40,8 @@ def minimize(
     sampling: Sampling | None = None,
     curvature: str | None = None,
     raise_on_failure: bool = True,
+    keeper: Keeper | None = None,
+    resume: Known | None = None,
 ) -> Result:
     """Minimise a training problem.
 
@@ -69,6 +72,11 @@ def minimize(
         ``gauss_newton`` or ``hessian``: the matrix that TAO is given as the Hessian, in place of the method's own.
     raise_on_failure
         Whether a diverged run raises or is returned with its status.
+    keeper
+        Is offered the complete state at every safe point, and may end the run there.
+    resume
+        A state to go on from, as a keeper was given it and `hpcdeq.record.read_checkpoint` has read it; everything else as
+        it was, but for the bounds.
 
     Raises
     ------
@@ -87,23 +95,32 @@ def minimize(
         _check_initial(problem, x0)
         if method not in MINIBATCH:
             _check_determinism(problem, method, x0)
-    recorder = Recorder(problem, callback, max_seconds)
+    recorder = Recorder(problem, callback, max_seconds, keeper=keeper)
     problem.begin(noisy=method in MINIBATCH)
+    known = None if resume is None else resume["method"]
     try:
+        if resume is not None:
+            with parallel.agreement(problem.comm):
+                recorder.restore(resume, x0)
         if method in MINIBATCH:
-            result = MinibatchRun(recorder, method, minibatch or MinibatchSettings()).minimize(x0, max_iterations)
+            result = MinibatchRun(recorder, method, minibatch or MinibatchSettings()).minimize(
+                x0, max_iterations, known
+            )
         elif method == TORCH_LBFGS:
-            result = TorchLbfgs(recorder).minimize(x0, max_iterations)
+            result = TorchLbfgs(recorder).minimize(x0, max_iterations, known)
         else:
             given = resolved_options(method, options)
-            result = TaoRun(recorder, preset, sampling).minimize(x0, given, max_iterations)
-            if problem.adapting and result.status != BUDGET:
+            left = max_iterations - recorder.offset
+            result = TaoRun(recorder, preset, sampling).minimize(x0, given, left, known)
+            if problem.adapting and result.status not in (BUDGET, INTERRUPTED):
                 # What ended on loose solves is taken up with tight ones: to be confirmed, or to go on.
                 problem.tighten()
                 recorder.offset = result.iterations
                 result = TaoRun(recorder, preset, sampling).minimize(
                     result.x, given, max_iterations - result.iterations
                 )
+        if result.status == INTERRUPTED:
+            return result
         if problem.adapting:
             problem.tighten()
             loss, gradient = problem.loss_and_gradient(result.x)

@@ -11,6 +11,7 @@ from hpcdeq.optim.limited_memory import LimitedMemory
 from hpcdeq.petsc import PETSc
 from hpcdeq.petsc.options import number
 from hpcdeq.problem.factors import PROBES, SAMPLES, KroneckerFactors
+from hpcdeq.state import Known, State
 
 # Damping of preconditioners, over the largest eigenvalue: directions that few samples tell of are not to be trusted.
 DAMPING = 1e-6
@@ -54,11 +55,26 @@ class Kronecker:
         with y as values:
             values[:] = own
 
+    def state(self) -> State:
+        """Return the factors; nothing before the first."""
+        return {} if self._factors is None else self._factors.state()
+
+    def restore(self, pc: PETSc.PC, known: Known) -> None:
+        """Go on from a state, at the weights of the curvature."""
+        curvature = curvature_of(pc)
+        if known:
+            self._factors = self._made(curvature)
+            self._factors.restore(known)
+            self._point = curvature.point
+
+    def _made(self, curvature: CurvatureMatrix) -> KroneckerFactors:
+        return KroneckerFactors(
+            curvature.problem, self.probes, self.samples, curvature.sampling.seed, layers=self.LAYERS
+        )
+
     def _renewed(self, curvature: CurvatureMatrix) -> KroneckerFactors:
         if self._factors is None:
-            self._factors = KroneckerFactors(
-                curvature.problem, self.probes, self.samples, curvature.sampling.seed, layers=self.LAYERS
-            )
+            self._factors = self._made(curvature)
         assert curvature.point is not None
         if self._point is not curvature.point:
             if self._point is None or not torch.equal(self._point, curvature.point):
@@ -98,6 +114,20 @@ class InnerLBFGS(Kronecker):
         if self.history < 1:
             raise OptionError(f"-pc_lbfgs_history {self.history}: give 1 or more")
         self._memory.history = self.history
+
+    def state(self) -> State:
+        """Return the factors and the memory; nothing before the first."""
+        factors = super().state()
+        return {**factors, "memory": self._memory.state(), "moves": self._moves} if factors else {}
+
+    def restore(self, pc: PETSc.PC, known: Known) -> None:
+        """Go on from a state, at the weights of the curvature."""
+        super().restore(pc, known)
+        if known:
+            self._moves = int(known["moves"])
+            like = pc.getOperators()[1].createVecRight()
+            self._memory.restore(known["memory"], like)
+            like.destroy()
 
     def setUp(self, pc: PETSc.PC) -> None:  # noqa: N802 (petsc4py's name)
         """Renew the factors, and take in the products at the last weights, where these are new."""

@@ -21,6 +21,7 @@ from hpcdeq.errors import ConvergenceError, OptionError
 from hpcdeq.methods import ADAMW_DECAY, BATCH_SIZE, LEARNING_RATE, MINIBATCH, Schedule
 from hpcdeq.optim.base import BUDGET, DIVERGED, Recorder, Result
 from hpcdeq.optim.tao import initial_loss_error
+from hpcdeq.state import Block, Known, State, whole
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,18 @@ class MinibatchSettings:
 
 
 class _Update(Protocol):
-    """Takes steps with a block of the weights, in place."""
+    """Takes steps with a block of the weights, in place; ``steps`` counts them."""
+
+    steps: Tensor
 
     def __init__(self, method: str, block: Tensor, given: MinibatchSettings) -> None: ...
 
     def step(self, gradient: Tensor, rate: float) -> None:
         """Take a step along a gradient's block at a learning rate. Not collective."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return what it remembers of steps, each ``(b,)`` like the block; shares memory. Not collective."""
+        ...
 
 
 class _Moments:
@@ -89,7 +96,7 @@ class _Moments:
     def __init__(self, method: str, block: Tensor, given: MinibatchSettings) -> None:
         self._block = block
         self._first, self._second = torch.zeros_like(block), torch.zeros_like(block)
-        self._steps = torch.zeros(())
+        self.steps = torch.zeros(())
         self._function = adamw if method == "adamw" else adam
         self._given = given
         self._decay = 0.0
@@ -104,7 +111,7 @@ class _Moments:
             [self._first],
             [self._second],
             [],
-            [self._steps],
+            [self.steps],
             fused=True,
             amsgrad=False,
             maximize=False,
@@ -115,6 +122,10 @@ class _Moments:
             weight_decay=self._decay,
         )
 
+    def memory(self) -> dict[str, Tensor]:
+        """Return both moments; see `_Update`. Not collective."""
+        return {"first": self._first, "second": self._second}
+
 
 class _RootMeanSquare:
     """RMSprop's update."""
@@ -122,7 +133,7 @@ class _RootMeanSquare:
     def __init__(self, method: str, block: Tensor, given: MinibatchSettings) -> None:
         self._block = block
         self._second = torch.zeros_like(block)
-        self._steps = torch.zeros(())
+        self.steps = torch.zeros(())
         self._given = given
 
     def step(self, gradient: Tensor, rate: float) -> None:
@@ -133,7 +144,7 @@ class _RootMeanSquare:
             [self._second],
             [],
             [],
-            [self._steps],
+            [self.steps],
             foreach=False,
             lr=rate,
             alpha=self._given.alpha,
@@ -142,6 +153,10 @@ class _RootMeanSquare:
             momentum=0.0,
             centered=False,
         )
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return the second moment; see `_Update`. Not collective."""
+        return {"second": self._second}
 
 
 # torch's functions and not its classes: what `torch.optim.Optimizer` does around them takes longer than an update of the
@@ -174,12 +189,39 @@ class MinibatchRun:
         self.batch_size = count if settings.batch_size is None else min(settings.batch_size, count)
         self._steps = 0
         self._rate = 0.0
+        # Where in the data the run is: the epoch, its samples that were taken, and their losses and squared gradients.
+        self._epoch, self._start = 1, 0
+        self._losses: list[float] = []
+        self._squares = 0.0
 
-    def minimize(self, x0: Tensor, max_iterations: int) -> Result:
-        """Run epochs from x0 ``(n,)`` until the budget is used up, or the loss is not finite.
+    def minimize(self, x0: Tensor, max_iterations: int, resume: Known | None = None) -> Result:
+        """Run epochs from x0 ``(n,)``, or on from a state, until the budget is used up, or the loss is not finite.
 
         The result is then at the end of the last epoch whose loss over all samples is finite.
         """
+        problem = self.problem
+        self._total = max_iterations * math.ceil(problem.dataset.count / self.batch_size)
+        self._x = self._x0 = x0
+        if resume is None:
+            self._begin(x0)
+        else:
+            self._restore(resume)
+        while True:
+            ends = self._epoch > max_iterations
+            out_of_time = not ends and self._epoch > 1 and self._spent() >= 1
+            if self.recorder.safe_point(self._state, last=ends or out_of_time):
+                return self.recorder.interrupted()
+            if out_of_time:
+                return self._out_of_time()
+            if ends:
+                words = "the epochs are used up; --max-iterations allows more"
+                return self.recorder.result(BUDGET, "DIVERGED_MAXITS", words)
+            with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are answers here
+                ended = self._take_epoch()
+            if ended is not None:
+                return ended
+
+    def _begin(self, x0: Tensor) -> None:
         problem = self.problem
         # A pass over all samples takes as long as an epoch: what is told of the beginning is what the first batch says.
         loss, gradient = problem.loss_and_gradient(x0, self._order(1)[: self.batch_size])
@@ -188,44 +230,69 @@ class MinibatchRun:
         self.recorder.emit(0, x0, loss, float(gradient.norm()), None)
         self._block = x0[problem.layout.owned].detach().to("cpu", copy=True)
         self._update: _Update = _UPDATES[self.method](self.method, self._block, self.settings)
-        self._total = max_iterations * math.ceil(problem.dataset.count / self.batch_size)
-        self._x = self._x0 = x0
-        for epoch in range(1, max_iterations + 1):
-            with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are answers here
-                ended = self._epoch(epoch)
-            if ended is not None:
-                return ended
-            if self._spent() >= 1:
-                return self._out_of_time()
-        words = "the epochs are used up; --max-iterations allows more"
-        return self.recorder.result(BUDGET, "DIVERGED_MAXITS", words)
 
-    def _epoch(self, epoch: int) -> Result | None:
+    def _state(self) -> State:
+        """Return all that the next step depends on. Collective."""
+        vectors = {"weights": self._block, **self._update.memory()}
+        return {
+            "method": self.method,
+            "epoch": self._epoch,
+            "start": self._start,
+            "steps": self._steps,
+            "rate": self._rate,
+            "losses": np.array(self._losses),
+            "squares": Block(np.array([self._squares])),  # each rank's own sum: they are added at the end of the epoch
+            **{name: Block(vector.numpy()) for name, vector in vectors.items()},
+        }
+
+    def _restore(self, known: Known) -> None:
+        """Go on from a state."""
+        layout, comm = self.problem.layout, self.problem.comm
+        self._block = torch.zeros(layout.block_sizes[comm.rank], dtype=self._x.dtype)
+        self._update = _UPDATES[self.method](self.method, self._block, self.settings)
+        self._epoch, self._start = int(known["epoch"]), int(known["start"])
+        self._steps, self._rate = int(known["steps"]), known["rate"]
+        self._update.steps.fill_(self._steps)
+        self._losses = known["losses"].tolist()
+        squares = whole(known["squares"])
+        own = squares[comm.rank :: comm.size]  # as many ranks: this rank's; otherwise the sum is the same
+        self._squares = float(own.sum())
+        for name, vector in {"weights": self._block, **self._update.memory()}.items():
+            vector.copy_(torch.from_numpy(known[name][layout.owned]))
+        self._gather()
+
+    def _take_epoch(self) -> Result | None:
         """Take the steps of an epoch and record where they end; return a result if the run ends with them."""
-        count, order = self.problem.dataset.count, self._order(epoch)
-        losses: list[float] = []
-        squares = 0.0
+        epoch, count = self._epoch, self.problem.dataset.count
+        order = self._order(epoch)
         spent = self._spent()
-        for start in range(0, count, self.batch_size):
+        while self._start < count:
             try:
-                loss, own = self.problem.owned_loss_and_gradient(self._x, order[start : start + self.batch_size])
+                batch = order[self._start : self._start + self.batch_size]
+                loss, own = self.problem.owned_loss_and_gradient(self._x, batch)
             except ConvergenceError as error:
                 if not self._steps:
                     raise
                 return self._diverged(epoch, f"could not be computed ({str(error).splitlines()[0]})")
             if not math.isfinite(loss):
                 return self._diverged(epoch, f"became {loss}")
-            losses.append(loss)
-            squares += float(own @ own)
+            self._losses.append(loss)
+            self._squares += float(own @ own)
             self._step(own, spent)
+            self._start += self.batch_size
             spent = self._spent()
+            if self._start < count and self.recorder.safe_point(self._state, last=spent >= 1):
+                return self.recorder.interrupted()
             if spent >= 1:
                 break
-        norm = (self.problem.sum_of_blocks(np.array([squares])) / len(losses)) ** 0.5
+        unfinished = self._start < count  # the checkpoint goes on within the epoch
+        losses = self._losses
+        norm = (self.problem.sum_of_blocks(np.array([self._squares])) / len(losses)) ** 0.5
         if not math.isfinite(norm):
             return self._diverged(epoch, f"has a gradient of norm {norm}")
         self.recorder.emit(epoch, self._x, sum(losses) / len(losses), norm, None)
-        return self._out_of_time() if spent >= 1 else None
+        self._epoch, self._start, self._losses, self._squares = epoch + 1, 0, [], 0.0
+        return self._out_of_time() if unfinished else None
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the samples in the order that an epoch takes them in, the same on all ranks."""
@@ -235,6 +302,9 @@ class MinibatchRun:
         self._rate = self.settings.learning_rate * self.settings.schedule.factor(self._steps, self._total, spent)
         self._update.step(torch.from_numpy(gradient).to(self._block.dtype), self._rate)
         self._steps += 1
+        self._gather()
+
+    def _gather(self) -> None:
         if self.problem.comm.size > 1 or self._x.device != self._block.device:
             self._x = self.problem.layout.gather(self._block.double().numpy()).to(self._x)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ from hpcdeq.petsc.communicators import anchor
 from hpcdeq.petsc.operators import matrix_from_products, matrix_of
 from hpcdeq.petsc.options import Options, Value
 from hpcdeq.petsc.solves import reason_name, reraise
+from hpcdeq.petsc.vectors import block_of, restore_vector
 from hpcdeq.problem import LeastSquares
+from hpcdeq.state import Block, Known, State, whole
 
 # A trial point without fixed points, or with a loss that is not finite, counts as this many times the largest loss seen.
 WALL = 10.0
@@ -61,9 +64,14 @@ class TaoRun:
             None  # the last gradient, which line searches ask for again
         )
         self._jacobian_at: Tensor | None = None
+        self._own: Any = None  # the context of a type that knows its state
+        self._grown = 0  # the iteration whose samples are worked on
+        self._interrupted = False
 
-    def minimize(self, x0: Tensor, options: Mapping[str, Value], max_iterations: int) -> Result:
-        """Minimise from x0 ``(n,)`` and return the result; reports failure in its status."""
+    def minimize(
+        self, x0: Tensor, options: Mapping[str, Value], max_iterations: int, resume: Known | None = None
+    ) -> Result:
+        """Minimise from x0 ``(n,)``, or on from a state, and return the result; reports failure in its status."""
         comm = self.problem.comm
         anchor(comm)
         own = self.layout.block_sizes[comm.rank]
@@ -88,16 +96,18 @@ class TaoRun:
                 if self.sampling.batch_size is not None:
                     self._grow(tao, 0)
                     tao.setUpdate(self._grow)
-            self._idle = max_iterations == 0
+            max_iterations = self._begin(tao, x, max_iterations, resume)
+            self._idle = max_iterations <= 0
             tao.setMaximumIterations(max(max_iterations, 1))  # PETSc takes no 0
             given = Options("tao_", {name.removeprefix("tao_"): value for name, value in options.items()})
             with given.inserted():
                 reraise(tao.setFromOptions)
-                if tao.getType() == "python" and hasattr(tao.getPythonContext(), "enough"):
-                    tao.getPythonContext().enough = self.recorder.out_of_time
+                self._prepare(tao, resume)
                 # brgn leaves its iterations to a solver inside, which knows nothing of a monitor set from Python.
                 (tao.getBRGNSubsolver() if tao.getType() == "brgn" else tao).setMonitor(self._monitor)
                 reraise(tao.solve)
+            if self._interrupted:
+                return self.recorder.interrupted()
             reason = reason_name(PETSc.TAO.ConvergedReason, tao.getConvergedReason())
             self._finish(tao, x)
             gatol = tao.getTolerances()[0]
@@ -118,10 +128,69 @@ class TaoRun:
         ending = ending_of(self.recorder, reason, unreached=unreached, infinite=self.infinite, gatol=gatol)
         return self.recorder.result(status_of(ending), reason, words(ending), self.rejected)
 
+    # -------------------------------------------------------------------------------------------------- state
+
+    def _begin(self, tao: PETSc.TAO, x: PETSc.Vec, max_iterations: int, resume: Known | None) -> int:
+        """Set what a run that goes on begins with; return how many iterations are left to this solver's own count."""
+        if resume is None:
+            return max_iterations
+        restore_vector(x, resume["x"])
+        self._started = self._differentiated = True
+        self._worst, self.rejected, self.infinite = resume["worst"], int(resume["rejected"]), int(resume["infinite"])
+        if "valued" in resume:
+            valued = resume["valued"]
+            point = torch.from_numpy(whole(valued["point"]).copy())
+            self._valued = (point, valued["loss"], valued["gradient"][self.layout.owned])
+        if "context" not in resume and self.recorder.last is not None:
+            before = self.recorder.offset
+            self.recorder.offset = self.recorder.last.iteration  # PETSc's types count from 0 again
+            return max_iterations - (self.recorder.offset - before)
+        return max_iterations
+
+    def _prepare(self, tao: PETSc.TAO, resume: Known | None) -> None:
+        """Tell a type of our own, which is known by now, what it needs of the run."""
+        context = tao.getPythonContext() if tao.getType() == "python" else None
+        if context is not None and hasattr(context, "enough"):
+            context.enough = self.recorder.out_of_time
+        self._own = context if context is not None and hasattr(context, "resume") else None
+        if resume is None:
+            return
+        if self.sampling.batch_size is not None and self._curvature is not None:
+            self._grown = int(resume["grown"])
+            self._rows = self._curvature.batch = self.sampling.batch(self.problem.dataset.count, self._grown)
+        if self._own is not None and "context" in resume:
+            self._own.resume = resume["context"]
+            return
+        if "radius" in resume:
+            tao.setInitialTrustRegionRadius(resume["radius"])
+        kept = "; its trust radius was kept" if "radius" in resume else ""
+        self.recorder.notes.append(
+            f"Resumed at iteration {self.recorder.offset}: what PETSc's {tao.getType()} remembers of earlier steps (quasi-Newton"
+            f" pairs, perturbations) cannot be saved, and was begun anew{kept}"
+        )
+
+    def _state(self, tao: PETSc.TAO, radius: float | None) -> State:
+        """Return all that the next iteration depends on. Collective."""
+        valued = None
+        if self._valued is not None:
+            point, loss, gradient = self._valued
+            valued = {"point": Block(point[self.layout.owned].numpy()), "loss": loss, "gradient": Block(gradient)}
+        return {
+            "x": block_of(tao.getSolution()),
+            "radius": radius,
+            "worst": self._worst,
+            "rejected": self.rejected,
+            "infinite": self.infinite,
+            "grown": self._grown,
+            "valued": valued,
+            "context": None if self._own is None else self._own.state(tao),
+        }
+
     # ---------------------------------------------------------------------------------------------- callbacks
 
     def _grow(self, tao: PETSc.TAO, iteration: int) -> None:
         """Go on to the samples of an iteration."""
+        self._grown = iteration
         rows = self.sampling.batch(self.problem.dataset.count, iteration)
         before = self._rows
         if (rows is before is None) or (rows is not None and before is not None and np.array_equal(rows, before)):
@@ -203,6 +272,7 @@ class TaoRun:
     def _move(self, tao: PETSc.TAO, x: PETSc.Vec, hessian: PETSc.Mat, _: PETSc.Mat) -> None:
         assert self._curvature is not None
         self._curvature.move(self._gather(x))
+        hessian.stateIncrease()  # PETSc sets a preconditioner up again where it sees that the matrix has changed
 
     def _monitor(self, tao: PETSc.TAO) -> None:
         if self._idle:
@@ -226,7 +296,10 @@ class TaoRun:
             loss, gradient = self.problem.loss_and_gradient(x)
             gradient_norm = float(gradient.norm())
         self.recorder.emit(iteration, x, loss, gradient_norm, radius)
-        if self.recorder.out_of_time():
+        out_of_time = self.recorder.out_of_time()
+        last = out_of_time or iteration - self.recorder.offset >= tao.getMaximumIterations()
+        self._interrupted = self.recorder.safe_point(lambda: self._state(tao, radius), last=last)
+        if self._interrupted or out_of_time:
             tao.setConvergedReason(PETSc.TAO.ConvergedReason.DIVERGED_USER)
 
     def _finish(self, tao: PETSc.TAO, x: PETSc.Vec) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from hpcdeq.errors import ConvergenceError
 from hpcdeq.optim.base import Recorder, Result
 from hpcdeq.optim.stopping import ending_of, status_of, words
 from hpcdeq.optim.tao import WALL, initial_gradient_error, initial_loss_error
+from hpcdeq.state import Block, Known, State, whole
 
 HISTORY = 20  # as in the preset lbfgs
 SEARCH = 25  # evaluations of a line search at most, torch's default
@@ -54,8 +56,8 @@ class TorchLbfgs:
         self._worst = 0.0
         self._seen: list[_Point] = []
 
-    def minimize(self, x0: Tensor, max_iterations: int) -> Result:
-        """Minimise from x0 ``(n,)`` and return the result; reports failure in its status."""
+    def minimize(self, x0: Tensor, max_iterations: int, resume: Known | None = None) -> Result:
+        """Minimise from x0 ``(n,)``, or on from a state, and return the result; reports failure in its status."""
         x = x0.detach().clone()
         began = time.perf_counter()
         optimizer = torch.optim.LBFGS(
@@ -75,18 +77,26 @@ class TorchLbfgs:
             x.grad = point.gradient.clone()
             return point.loss
 
-        reason = ""
-        for iteration in range(max_iterations + 1):
+        reason, first = "", 0
+        if resume is not None and self.recorder.last is not None:
+            first = self.recorder.last.iteration
+            self._restore(resume, x, optimizer)
+        for iteration in range(first, max(first, max_iterations) + 1):
             point = self._evaluate(x)
             loss, norm = point.loss, float(point.gradient.double().norm())
-            self.recorder.emit(iteration, x, loss, norm, None)
+            if resume is None or iteration > first:
+                self.recorder.emit(iteration, x, loss, norm, None)
+            out_of_time = self.recorder.out_of_time()
+            last = out_of_time or iteration >= max_iterations
+            if self.recorder.safe_point(lambda: self._state(x, optimizer), last=last):
+                return self.recorder.interrupted()
             if norm <= GATOL:
                 reason = "CONVERGED_GATOL"
             elif norm <= GRTOL * abs(loss):
                 reason = "CONVERGED_GRTOL"
-            elif self.recorder.out_of_time():
+            elif out_of_time:
                 reason = "DIVERGED_USER"
-            elif iteration == max_iterations:
+            elif iteration >= max_iterations:
                 reason = "DIVERGED_MAXITS"
             if reason:
                 break
@@ -99,6 +109,45 @@ class TorchLbfgs:
             self._seen = [ended]
         ending = ending_of(self.recorder, reason, unreached=self.rejected - self.infinite, infinite=self.infinite)
         return self.recorder.result(status_of(ending), reason, words(ending), self.rejected)
+
+    def _state(self, x: Tensor, optimizer: torch.optim.LBFGS) -> State:
+        """Return all that the next iteration depends on: of the vectors, each rank its block."""
+        owned = self.problem.layout.owned
+
+        def kept(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return Block(value.detach().cpu().numpy()[owned]) if value.ndim else float(value)
+            if isinstance(value, list):
+                return {str(i): kept(item) for i, item in enumerate(value) if item is not None} | {"length": len(value)}
+            return value
+
+        point = self._evaluate(x)
+        memory = {name: kept(value) for name, value in optimizer.state[x].items()}
+        return {
+            "x": kept(x),
+            "loss": point.loss,
+            "gradient": kept(point.gradient),
+            "worst": self._worst,
+            "rejected": self.rejected,
+            "infinite": self.infinite,
+            "memory": memory,
+        }
+
+    def _restore(self, known: Known, x: Tensor, optimizer: torch.optim.LBFGS) -> None:
+        """Go on from a state."""
+
+        def found(value: Any) -> Any:
+            if isinstance(value, dict):
+                return [found(value.get(str(i))) for i in range(int(value["length"]))]
+            if isinstance(value, float):
+                return torch.tensor(value, dtype=torch.float64).to(x)
+            return torch.from_numpy(whole(value).copy()).to(x.device) if hasattr(value, "shape") else value
+
+        with torch.no_grad():
+            x.copy_(found(known["x"]))
+        optimizer.state[x].update({name: found(value) for name, value in known.get("memory", {}).items()})
+        self._worst, self.rejected, self.infinite = known["worst"], int(known["rejected"]), int(known["infinite"])
+        self._seen = [_Point(x.clone(), known["loss"], found(known["gradient"]))]
 
     def _evaluate(self, x: Tensor) -> _Point:
         """Return loss and gradient at a point, from memory where this iteration has been there."""

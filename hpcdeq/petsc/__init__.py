@@ -12,8 +12,10 @@ import petsc4py  # noqa: E402 (after the environment)
 
 from hpcdeq.startup import PETSC_ARGUMENTS  # noqa: E402
 
-# What no solver read is told by the commands themselves.
-petsc4py.init(["hpcdeq", "-options_left", "no", *PETSC_ARGUMENTS])
+# What no solver read is told by the commands themselves. Several scalar products at once are taken by a matrix product where
+# the vectors happen to lie at equal distances in memory, with another rounding than one by one: a run would not repeat itself.
+_FIXED = ["-options_left", "no", "-vec_mdot_use_gemv", "0", "-vec_maxpy_use_gemv", "0"]
+petsc4py.init(["hpcdeq", *_FIXED, *PETSC_ARGUMENTS])
 
 from petsc4py import PETSc  # noqa: E402 (after init)
 

@@ -15,6 +15,7 @@ import torch
 
 from hpcdeq.errors import ShapeError
 from hpcdeq.petsc import PETSc
+from hpcdeq.state import Block, Vector
 
 
 class _Borrowed:
@@ -68,6 +69,16 @@ def copy_to_vector(tensor: torch.Tensor, vector: PETSc.Vec) -> None:
         if view.numel() != tensor.numel():
             raise ShapeError(f"a tensor of {tensor.numel()} numbers does not fit a vector of local size {view.numel()}")
         view.copy_(tensor.detach().reshape(-1))
+
+
+def block_of(vector: PETSc.Vec) -> Block:
+    """Return a vector's local part as a part of a state; shares memory. Not collective."""
+    return Block(np.asarray(vector.getArray(readonly=True)))
+
+
+def restore_vector(vector: PETSc.Vec, known: Vector) -> None:
+    """Set a vector's local part from one that was kept, on whatever number of ranks. Not collective."""
+    vector.setArray(known[slice(*vector.getOwnershipRange())])
 
 
 def copy_from_vector(vector: PETSc.Vec, like: torch.Tensor) -> torch.Tensor:

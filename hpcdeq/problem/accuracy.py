@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from hpcdeq.state import Known, State
+
 # Largest relative tolerance of a solve, and the one it starts with, for a gradient that is as large as the first.
 LOOSEST, BEGINNING = 2e-2, 1e-3
 # Relative error of the gradient that is allowed, as measured on a chunk of samples every so many iterates.
@@ -71,6 +75,15 @@ class Accuracy:
             f"accuracy of solves: relative tolerance {self.tolerance:.1e} in the end, error of the gradient measured"
             f" {len(self.measured)} times, at most {error:.1e}; --no-adaptive solves as the options say"
         )
+
+    def state(self) -> State:
+        """Return all that it knows."""
+        return {**vars(self), "measured": np.array(self.measured, dtype=float).reshape(-1, 3)}
+
+    def restore(self, known: Known) -> None:
+        """Go on from a state."""
+        vars(self).update({name: known.get(name) for name in vars(self)})
+        self.measured = [(int(count), tolerance, error) for count, tolerance, error in known["measured"].tolist()]
 
     def stop(self) -> None:
         """Ask for full accuracy from here on."""

@@ -11,6 +11,8 @@ from torch import nn
 
 from hpcdeq import parallel
 from hpcdeq.deq import FixedPoint
+from hpcdeq.deq.work import Work
+from hpcdeq.state import Known, State
 
 
 @dataclass
@@ -69,6 +71,24 @@ class Accounts:
             local[name] = sum(getattr(work, name) for work in self._works)
         values = parallel.sum_over_ranks(self.comm, np.array(list(local.values()), dtype=np.int64))
         return Counts(*(int(v) for v in values))
+
+    def state(self) -> State:
+        """Return the global totals, and the statistics since the last look. Collective on comm."""
+        pending = np.array([work.statistics for work in self._works], dtype=np.int64).reshape(-1, 4)
+        sums = parallel.sum_over_ranks(self.comm, pending.sum(axis=0))
+        sums[2] = parallel.max_over_ranks(self.comm, int(pending[:, 2].max(initial=0)))
+        return {**asdict(self.totals()), "statistics": sums}
+
+    def restore(self, known: Known) -> None:
+        """Go on from the totals of a state: rank 0 takes them over, in its first layer. Not collective."""
+        first = self.comm.rank == 0
+        for name in asdict(self.own):
+            setattr(self.own, name, int(known[name]) if first and not name.startswith("cell_") else 0)
+        for number, work in enumerate(self._works):
+            told = known["statistics"].tolist() if first and number == 0 else [0] * 4
+            vars(work).update(vars(Work(*(0,) * 3, *told)))
+            for name in ("cell_evaluations", "cell_jvps", "cell_vjps"):
+                setattr(work, name, int(known[name]) if first and number == 0 else 0)
 
     def statistics(self) -> FixedPointStatistics | None:
         """Return the fixed-point statistics since the last look; None for a model without fixed points.

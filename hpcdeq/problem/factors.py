@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcdeq import parallel
+from hpcdeq import parallel, state
 from hpcdeq.problem.kronecker import Shape, Sums, local_sums
 from hpcdeq.problem.phases import FACTORS
 from hpcdeq.problem.recording import EMBEDDING, KINDS, SPECTRAL
 from hpcdeq.problem.training import TrainingProblem
+from hpcdeq.state import Known, State, rows_of, table, whole
 
 PROBES = 3
 SAMPLES = 128
@@ -102,6 +103,7 @@ class KroneckerFactors:
         self.blocks: list[Block] = []
         self.diagonal = np.zeros(0)
         self._updates = 0
+        self._shapes: list[Shape] = []
         layout = problem.layout
         self._starts = np.concatenate([[0], np.cumsum(layout.lengths)])
         self._covered = np.zeros(layout.count, dtype=bool)
@@ -135,6 +137,49 @@ class KroneckerFactors:
         rest = ~self._covered[layout.owned]
         own[rest] = v[layout.owned].double().numpy()[rest] / (self.diagonal[layout.owned][rest] + damping)
         return own
+
+    # --------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> State:
+        """Return the factors, each from the rank that owns it, and the diagonal."""
+        kinds = [
+            (s.weight, -1 if s.bias is None else s.bias, KINDS.index(s.kind), s.batch, s.inputs, s.outputs)
+            for s in self._shapes
+        ]
+        return {
+            "updates": self._updates,
+            "largest": self.largest,
+            "of_weights": self.of_weights,
+            "diagonal": state.Block(self.diagonal[self.problem.layout.owned]),
+            "shapes": np.array(kinds, dtype=np.int64).reshape(-1, 6),
+            "factors": table({b.shape.weight: np.concatenate([_flat(b.given), _flat(b.probed)]) for b in self.blocks}),
+        }
+
+    def restore(self, known: Known) -> None:
+        """Go on from a state: decompose the factors that this rank owns now."""
+        self._updates = int(known["updates"])
+        self.largest, self.of_weights = known["largest"], known["of_weights"]
+        self.diagonal = whole(known["diagonal"])
+        shapes = [
+            Shape(weight, None if bias < 0 else bias, KINDS[kind], *orders)
+            for weight, bias, kind, *orders in known["shapes"].tolist()
+        ]
+        comm = self.problem.comm
+        owners = shared_out([shape.cost for shape in shapes], comm.size)
+        own = [shape for shape, owner in zip(shapes, owners, strict=True) if owner == comm.rank]
+        rows = rows_of(known["factors"], [shape.weight for shape in own])
+        self.blocks = []
+        for shape in own:
+            given, probed = np.split(rows[shape.weight], [shape.lengths[0]])
+            self.blocks.append(
+                Block(
+                    shape,
+                    _square(given, shape.batch, shape.inputs, shape.is_complex).clone(),
+                    _square(probed, shape.batch, shape.outputs, shape.is_complex).clone(),
+                    self.problem.layout.dtype,
+                )
+            )
+        self._cover(shapes)
 
     # ---------------------------------------------------------------------------------------------------- sums
 
@@ -187,11 +232,7 @@ class KroneckerFactors:
     def _reduce_diagonal(self, sums: Sums, shapes: list[Shape], count: float) -> None:
         """Find the diagonal of what has no factors, and smooth what few probes say of one number by its tensor's mean."""
         layout = self.problem.layout
-        self._covered[:] = False
-        for shape in shapes:
-            for number in (shape.weight, shape.bias):
-                if number is not None:
-                    self._covered[self._starts[number] : self._starts[number + 1]] = True
+        self._cover(shapes)
         gradients = sums.gradients.numpy()[:, ~self._covered]
         total = parallel.sum_over_ranks(self.problem.comm, gradients.ravel()).reshape(gradients.shape)
         found = np.zeros(layout.count)
@@ -201,6 +242,15 @@ class KroneckerFactors:
             part[:] = 0.5 * part + 0.5 * (part.mean() if length else 0.0)
         last = self.diagonal
         self.diagonal = MEMORY * last + (1 - MEMORY) * found if len(last) else found
+
+    def _cover(self, shapes: list[Shape]) -> None:
+        """Note which weights have factors."""
+        self._shapes = shapes
+        self._covered[:] = False
+        for shape in shapes:
+            for number in (shape.weight, shape.bias):
+                if number is not None:
+                    self._covered[self._starts[number] : self._starts[number + 1]] = True
 
     # ------------------------------------------------------------------------------------------------- vectors
 

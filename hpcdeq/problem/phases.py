@@ -8,7 +8,7 @@ is first needed, which for fixed points is the iteration that needs it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,11 @@ class Phases:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.opened = [OPTIMISER]
         self._since = self._clock()
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count time of before, on every rank alike. Not collective."""
+        for name, spent in seconds.items():
+            self.seconds[name] += spent
 
     def end(self) -> None:
         """End a run. Not collective."""

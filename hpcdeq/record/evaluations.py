@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from hpcdeq.problem.training import Evaluation
-from hpcdeq.record.atomic import cannot_write
+from hpcdeq.record.atomic import cannot_write, cut_table
 
 # The row is that of history.csv, from 0.
 EVALUATION_COLUMNS = ("row", "train_loss", "train_metric", "test_loss", "test_metric")
@@ -26,6 +26,8 @@ class EvaluationWriter:
     ----------
     path
         The file to make, with its header.
+    rows
+        None; or the rows of an existing file that stay, and are gone on from.
 
     Raises
     ------
@@ -33,9 +35,12 @@ class EvaluationWriter:
         The file cannot be written; also raised by `write`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], rows: int | None = None) -> None:
         self.path = Path(path)
-        self._append("w", EVALUATION_COLUMNS)
+        if rows is None:
+            self._append("w", EVALUATION_COLUMNS)
+        else:
+            cut_table(self.path, rows)
 
     def write(self, row: int, train: Evaluation, test: Evaluation | None) -> None:
         """Append the evaluation of an iterate, by its row in history.csv; an empty field for NaN. Not collective."""
@@ -51,14 +56,20 @@ class EvaluationWriter:
 
 
 class Spacing:
-    """Chooses the iterates to evaluate: the best so far, and others evenly on a logarithmic clock. Not collective."""
+    """Chooses the iterates to evaluate: the best so far, and others evenly on a logarithmic clock. Not collective.
 
-    def __init__(self) -> None:
-        self._next = 0.0
+    Parameters
+    ----------
+    due
+        Seconds at which the next one is due in any case.
+    """
+
+    def __init__(self, due: float = 0.0) -> None:
+        self.next = due
 
     def due(self, seconds: float, improved: bool) -> bool:
         """Say whether to evaluate the iterate at this time. Not collective."""
-        if seconds < self._next and not improved:
+        if seconds < self.next and not improved:
             return False
-        self._next = SPACING * seconds
+        self.next = SPACING * seconds
         return True

@@ -20,7 +20,7 @@ from hpcdeq.errors import UsageError
 from hpcdeq.optim.base import Iterate, Result
 from hpcdeq.problem.counts import Counts, FixedPointStatistics
 from hpcdeq.problem.training import Evaluation
-from hpcdeq.record.atomic import cannot_write, replaced
+from hpcdeq.record.atomic import cannot_write, cut_table, replaced
 
 HISTORY_COLUMNS = (
     "iteration",
@@ -58,10 +58,15 @@ class RunDirectory:
         self.path = Path(path)
         self.writes = False
 
-    def create(self, comm: parallel.Comm) -> None:
+    def create(self, comm: parallel.Comm, *, resume: bool = False) -> None:
         """Make the folder.
 
         Collective on comm.
+
+        Parameters
+        ----------
+        resume
+            Whether it may hold a run, which goes on.
 
         Raises
         ------
@@ -70,17 +75,21 @@ class RunDirectory:
         """
         with parallel.agreement(comm):
             if comm.rank == 0:
-                self._make()
+                self._make(resume)
         self.writes = comm.rank == 0
 
-    def _make(self) -> None:
+    def _make(self, resume: bool) -> None:
         held = next((name for name in ("summary.json", "history.csv") if (self.path / name).exists()), None)
-        if held:
-            raise UsageError(f"{self.path} holds a run already ({held}): choose another --out or remove it")
+        if held and not resume:
+            raise UsageError(
+                f"{self.path} holds a run already ({held}): choose another --out or remove it, or go on with --resume"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
+            for left in self.path.glob(".*.partial") if resume else ():  # by a process that was killed
+                left.unlink(missing_ok=True)
         except OSError as error:
             raise UsageError(
                 f"the run directory {self.path} cannot be written ({error.strerror}): choose another --out"
@@ -101,6 +110,14 @@ class RunDirectory:
                 temporary.write_text(text, encoding="utf-8")
         except OSError as error:
             raise cannot_write(self.path / name, error) from error
+
+    def earlier(self, name: str, known: Any) -> dict[str, Any]:
+        """Return what a JSON file of a run that goes on has told so far, as ``earlier``, the latest last. Not collective."""
+        path = self.path / name
+        if known is None or not path.exists():
+            return {}
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return {"earlier": [*told.pop("earlier", []), told]}
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a JSON file like `write_text`; NaN and infinity become null. Not collective."""
@@ -127,6 +144,8 @@ class HistoryWriter:
     ----------
     path
         The file to make, with its header.
+    rows
+        None; or the rows of an existing file that stay, and are gone on from.
 
     Raises
     ------
@@ -134,14 +153,17 @@ class HistoryWriter:
         The file cannot be written; also raised by `write`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], rows: int | None = None) -> None:
         self.path = Path(path)
+        if rows is not None:
+            cut_table(self.path, rows)
         try:
-            self._file = self.path.open("w", newline="", encoding="utf-8")
+            self._file = self.path.open("w" if rows is None else "a", newline="", encoding="utf-8")
         except OSError as error:
             raise cannot_write(self.path, error) from error
         self._rows = csv.writer(self._file, lineterminator="\n")
-        self._append(HISTORY_COLUMNS)
+        if rows is None:
+            self._append(HISTORY_COLUMNS)
 
     def __enter__(self) -> HistoryWriter:
         """Return the writer itself. Not collective."""
@@ -191,6 +213,13 @@ class HistoryWriter:
             energy_joules,
         )
         self._append([_field(value) for value in values])
+
+    def synchronise(self) -> None:
+        """Wait until all rows are on the disk: a checkpoint that counts them is never ahead of them. Not collective."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
 
     def close(self) -> None:
         """Close the file. Not collective."""
