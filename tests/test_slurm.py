@@ -26,6 +26,10 @@ pytestmark = pytest.mark.skipif("Open MPI" not in mpi_library(), reason="slurm/e
 CLUSTER = ROOT / "scripts" / "slurm_cluster.sh"
 STAND_IN = ROOT / "tests" / "stand_in"
 EQUATION = ("--data", "b.h5", "--model", "mlp")
+MOLECULES = [
+    f"m{i},{text},{float(text[-1] in 'ONF') * 3}"
+    for i, text in enumerate("C" * k + end for k in range(1, 9) for end in ("O", "N", "C", "F", "C#N"))
+]
 LACKING = 3  # exit code of slurm_cluster.sh where this machine cannot do it
 
 
@@ -47,7 +51,7 @@ class Cluster:
         started = subprocess.run(
             ["bash", str(CLUSTER), "start", str(folder), str(nodes)],
             # Jobs of several tests run beside each other, so that there are more cores than there are.
-            env={**os.environ, "OWNER": str(os.getpid()), "CPUS": "8"},
+            env={**os.environ, "OWNER": str(os.getpid()), "CPUS": "32"},
             capture_output=True,
             text=True,
             timeout=90,
@@ -57,6 +61,7 @@ class Cluster:
             pytest.skip(started.stderr.strip())
         assert started.returncode == 0, started.stderr
         own = {name: value for name, value in clean_environment().items() if not name.startswith(("SLURM", "HPCDEQ_"))}
+        self.early: dict[str, str] = {}
         self.environment = {**own, "SLURM_CONF": str(folder / "slurm.conf"), "VIRTUAL_ENV": sys.prefix}
 
         speaks = subprocess.run(["srun", "--mpi=pmix", "true"], env=self.environment, timeout=60, check=False)
@@ -129,20 +134,20 @@ class Cluster:
         lines = path.read_text().splitlines()[1:] if path.exists() else []
         return [int(line.split(",")[0]) for line in lines if line.partition(",")[1]]
 
-    def interrupt(self, job: str, run: str) -> None:
+    def interrupt(self, job: str, run: str, signal: str = "USR1") -> None:
         """Send what `--signal=B:USR1@N` sends, once a run has come somewhere."""
-        before = len(self.iterations(run))
-        self.until(
-            lambda: len(self.iterations(run)) > before + 2 and (self.work / run / "checkpoint.h5").exists(),
-            90,
-            f"three iterations of {run}",
-        )
-        self.call("scancel", "--batch", "--signal=USR1", job)
+        self.until(lambda: len(self.iterations(run)) > 2, 120, f"three iterations of {run}")
+        self.call("scancel", "--batch", f"--signal={signal}", job)
+
+    def went_on(self, name: str, run: str) -> bool:
+        """Say whether a run of the stand-in has what it had when it was interrupted, and then 20 iterations, each once."""
+        at = int(re.findall(r"interrupted at (\d+)", self.log(name))[0])
+        return at > 2 and self.iterations(run) == list(range(1, at + 21)) and f"threads, from {at}" in self.log(name)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One node, with the jobs on it that take a minute whatever happens."""
+    """One node, with the jobs on it that take long: other tests go on meanwhile."""
     made = Cluster(tmp_path_factory.mktemp("slurm"))
     try:
         made.call(
@@ -165,6 +170,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             # Slurm ends what srun started. What mpirun did, it would lose sight of here, without cgroups.
             HPCDEQ_LAUNCHER="srun",
         )
+        (made.work / "m.csv").write_text("id,smiles,mu\n" + "\n".join(MOLECULES))
+        for name, options, words in (
+            ("prepare", ("-n1",), ("molecules", "m.csv", "--out", "m.h5")),
+            ("train", ("-n2",), ("--data", "m.h5", "--max-iterations", "2", "--out", "m")),
+            ("predict", ("-n1",), ("m", "m.csv", "--out", "p.csv")),
+        ):
+            after = tuple(f"--dependency=afterok:{job}" for job in made.early.values())[-1:]
+            made.early[name] = made.submit(
+                name, name, *words, options=(*options, *after, "--kill-on-invalid-dep=yes"), HPCDEQ_LAUNCHER="srun"
+            )
+        words = ("--optimizers", "lbfgs,adam", "--seeds", "2", "--max-iterations", "3", "--out", "c")
+        made.early["array"] = made.submit(
+            "part-%a", "compare", *EQUATION, *words, options=("-n1", "--array=0-3", "--job-name=c")
+        )
         yield made
     finally:
         made.stop()
@@ -181,26 +200,23 @@ def stand_ins(cluster: Cluster) -> dict[str, str]:
         "stuck": {"STAND_IN": "stuck"},
         "asked": {},
     }
+    options = ("-n2", "--job-name=some job")
     jobs = {
         name: cluster.submit(
-            name,
-            "train",
-            *("--out", name, "--max-iterations", "100"),
-            options=("-n2", "--job-name=some job"),
-            package=STAND_IN,
-            **environment,
+            name, "train", "--out", name, options=options, package=STAND_IN, **{"STAND_IN": "once", **environment}
         )
         for name, environment in more.items()
     }
-    for name, job in jobs.items():
-        if name == "stuck":
-            cluster.until(lambda: "stand-in:" in cluster.log("stuck"), 60, "its start")
-            cluster.call("scancel", "--batch", "--signal=USR1", job)
-        elif name == "asked":
-            cluster.until(lambda: len(cluster.iterations("asked")) > 2, 60, "its start")
-            cluster.call("scancel", "--batch", "--signal=TERM", job)
-        else:
-            cluster.interrupt(job, name)
+    words = ("--data", "b.h5", "--out", "cut", "--reference", "adam")
+    options = ("-n1", "--array=0-1")
+    jobs["cut"] = cluster.submit("cut-%a", "compare", *words, options=options, package=STAND_IN, STAND_IN="once")
+    for task in range(2):
+        cluster.interrupt(f"{jobs['cut']}_{task}", f"cut/parts/{task}/runs/adam-{task}")
+    for name in ("mpirun", "srun", "chain", "bounded"):
+        cluster.interrupt(jobs[name], name)
+    cluster.interrupt(jobs["asked"], "asked", "TERM")
+    cluster.until(lambda: "stand-in:" in cluster.log("stuck"), 60, "its start")
+    cluster.call("scancel", "--batch", "--signal=USR1", jobs["stuck"])
     cluster.ended(*jobs.values())
     return jobs
 
@@ -208,21 +224,31 @@ def stand_ins(cluster: Cluster) -> dict[str, str]:
 @pytest.mark.parametrize("launcher", ["mpirun", "srun"])
 def test_what_a_signal_cut_is_requeued_and_finishes(cluster: Cluster, stand_ins: dict[str, str], launcher: str) -> None:
     log, job = cluster.log(launcher), stand_ins[launcher]
-    assert cluster.iterations(launcher) == list(range(1, 101))
+    assert cluster.went_on(launcher, launcher)
     assert (cluster.fact(job, "JobState"), cluster.fact(job, "Restarts")) == ("COMPLETED", "1")
-    at = int(re.findall(r"interrupted at (\d+)", log)[0])
-    assert 3 <= at < 100
-    # Two ranks and one thread of the allocation; the second time from where the first one was cut.
-    starts = re.findall(r"stand-in: (\d) ranks on \S+, (\d) threads, from (\d+)", log)
-    assert starts == [("2", "1", "0"), ("2", "1", str(at))]
+    # Two ranks and one thread of the allocation.
+    assert re.findall(r"stand-in: (\d) ranks on \S+, (\d) threads", log) == [("2", "1")] * 2
     assert log.count("requeued") == 1 and log.count("] done") == 1 and f"by {launcher}" in log
+
+
+def test_a_task_of_an_array_goes_on_and_the_report_waits(cluster: Cluster, stand_ins: dict[str, str]) -> None:
+    job = stand_ins["cut"]
+    found = re.search(r"writes the report: (\d+)", cluster.log("cut-0"))
+    assert found and "writes the report" not in cluster.log("cut-1")
+    cluster.ended(found[1])
+    for task in range(2):
+        assert cluster.fact(f"{job}_{task}", "Restarts") == "1"
+        assert cluster.went_on(f"cut-{task}", f"cut/parts/{task}/runs/adam-{task}")
+    log = cluster.log(f"compare-{job}-report")
+    assert "report of adam-0 adam-1 ['--out', 'cut', '--reference', 'adam']" in log and "] done" in log, log
+    assert cluster.fact(found[1], "StartTime") >= cluster.fact(f"{job}_1", "EndTime")
 
 
 def test_where_requeueing_is_refused_a_chain_goes_on(cluster: Cluster, stand_ins: dict[str, str]) -> None:
     found = re.search(r"goes on in job (\d+)", cluster.log("chain"))
     assert found
     cluster.ended(found[1])
-    assert cluster.iterations("chain") == list(range(1, 101))
+    assert cluster.went_on("chain", "chain")
     assert (cluster.fact(stand_ins["chain"], "Restarts"), cluster.fact(found[1], "Restarts")) == ("0", "0")
     for name in ("NumNodes", "NumTasks", "CPUs/Task", "TimeLimit", "JobName", "WorkDir", "StdOut", "Command"):
         assert cluster.fact(found[1], name) == cluster.fact(stand_ins["chain"], name), name
@@ -292,29 +318,18 @@ def test_a_cancelled_run_stays_and_the_same_command_goes_on(cluster: Cluster) ->
 
 
 def test_prepare_then_train_then_predict(cluster: Cluster) -> None:
-    smiles = ["C" * k + end for k in range(1, 9) for end in ("O", "N", "C", "F", "C#N")]
-    lines = [f"m{i},{text},{float(text[-1] in 'ONF') * 3}" for i, text in enumerate(smiles)]
-    (cluster.work / "m.csv").write_text("id,smiles,mu\n" + "\n".join(lines))
-    one = {"HPCDEQ_LAUNCHER": "srun"}
-    job = cluster.submit("prepare", "prepare", "molecules", "m.csv", "--out", "m.h5", options=("-n1",), **one)
-    after = ("-n2", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
-    job = cluster.submit(
-        "train", "train", "--data", "m.h5", "--max-iterations", "2", "--out", "m", options=after, **one
-    )
-    after = ("-n1", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
-    job = cluster.submit("predict", "predict", "m", "m.csv", "--out", "p.csv", options=after, **one)
+    job = cluster.early["predict"]
     cluster.ended(job, seconds=180)
-    assert cluster.fact(job, "JobState") == "COMPLETED", (
-        cluster.log("prepare") + cluster.log("train") + cluster.log("predict")
-    )
+    told = [cluster.log(name) for name in ("prepare", "train", "predict")]
+    assert cluster.fact(job, "JobState") == "COMPLETED", "\n".join(told)
+    assert all("by srun" in text and text.count("] done") == 1 for text in told)
     rows = list(csv.DictReader((cluster.work / "p.csv").read_text().splitlines()))
     assert [row["id"] for row in rows] == [f"m{i}" for i in range(40)]
     assert json.loads((cluster.work / "m" / "summary.json").read_text())["ranks"] == 2
 
 
 def test_an_array_compares_and_a_last_job_reports(cluster: Cluster) -> None:
-    words = (*EQUATION, "--optimizers", "lbfgs,adam", "--seeds", "2", "--max-iterations", "3", "--out", "c")
-    job = cluster.submit("part-%a", "compare", *words, options=("-n1", "--array=0-3", "--job-name=c"))
+    job = cluster.early["array"]
     cluster.until(lambda: (cluster.work / f"c-{job}-report.log").exists(), 180, "the report's job")
     report = re.search(r"writes the report: (\d+)", cluster.log("part-0"))
     assert report
@@ -355,9 +370,10 @@ def test_two_nodes(tmp_path_factory: pytest.TempPathFactory) -> None:
             name: cluster.submit(
                 name,
                 "train",
-                *("--out", name, "--max-iterations", "60"),
+                *("--out", name),
                 options=("-N2", "--ntasks-per-node=2", "-c2"),
                 package=STAND_IN,
+                STAND_IN="once",
                 HPCDEQ_LAUNCHER=name,
             )
             for name in ("mpirun", "srun")
@@ -369,6 +385,6 @@ def test_two_nodes(tmp_path_factory: pytest.TempPathFactory) -> None:
             log = cluster.log(name)
             assert cluster.fact(job, "JobState") == "COMPLETED" and cluster.fact(job, "Restarts") == "1", log
             assert len(re.findall(r"stand-in: 4 ranks on node1, 2 threads", log)) == 2
-            assert "ranks on node1 2, node2 2" in log and cluster.iterations(name) == list(range(1, 61))
+            assert "ranks on node1 2, node2 2" in log and cluster.went_on(name, name)
     finally:
         cluster.stop()
