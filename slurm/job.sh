@@ -161,7 +161,8 @@ end() { # ARGUMENTS...: of the script, which a new job gets again
     fi
     after=$("${MEASURE[@]}")
     say "interrupted (exit code $CODE${SIGNAL:+, signal $SIGNAL}), at $BEFORE before and at $after now"
-    if [ "$SIGNAL" = TERM ] || { ! $ENDED && [ "$(fact JobState)" != RUNNING ]; }; then
+    # Also where it was cancelled a moment ago, with its last words on the way.
+    if [ "$SIGNAL" = TERM ] || { ! $ENDED && [[ $(fact JobState) =~ CANCELLED|COMPLETING ]]; }; then
         say "cancelled: the same command goes on from there"
         exit $INTERRUPTED
     fi

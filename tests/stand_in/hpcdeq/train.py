@@ -42,7 +42,7 @@ if hosts:
     print(f"stand-in: ranks on {told}", flush=True)
 if kind == "bad":
     sys.exit(1)
-steps = float(options.max_iterations)
+steps = math.inf if kind == "stuck" else float(options.max_iterations)
 if kind == "once":
     begun = any(os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "HPCDEQ_LINKS"))
     steps = done + 20 if begun else math.inf
