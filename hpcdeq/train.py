@@ -62,13 +62,13 @@ def given_settings(options: argparse.Namespace, petsc: list[str]) -> dict[str, A
     return settings
 
 
-def resolve(given: dict[str, Any], held: Held, out: str | None) -> TrainConfig:
+def resolve(options: argparse.Namespace, petsc: list[str], held: Held | None = None) -> TrainConfig:
     """Return the configuration: what was given over the defaults, or over that of a run that goes on. Not collective."""
-    if held.settings is None:
+    given = given_settings(options, petsc)
+    if held is None or held.settings is None:
         return complete(given)
-    assert out is not None
     former = held.settings
-    refuse_changes(Path(out), former, given)
+    refuse_changes(Path(options.out), former, given)
     petsc = {**former.get("petsc", {}), **given.get("petsc", {})}
     model_settings = {**former.get("model_settings", {}), **given.get("model_settings", {})}
     return complete({**former, **given, "data": former["data"], "model_settings": model_settings, "petsc": petsc})
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
     if options.resume:
         held = parallel.only_root(parallel.WORLD, lambda: held_in(Path(options.out), given))
     with parallel.agreement(parallel.WORLD):
-        config = resolve(given, held, options.out)
+        config = resolve(options, petsc, held)
         PETSC_ARGUMENTS[:] = [word for name, value in config.petsc.items() for word in (f"-{name}", value) if word]
         from hpcdeq.petsc.options import insert_options
 

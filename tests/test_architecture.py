@@ -196,8 +196,8 @@ def test_the_sources_keep_the_law(law) -> None:
 def test_every_module_was_read() -> None:
     tree = read_tree(ROOT / "hpcdeq")
     assert {"hpcdeq", "hpcdeq.errors", "hpcdeq.petsc", "hpcdeq.petsc.vectors", "hpcdeq.train"} <= tree.keys()
-    found = {(i.module, i.late) for i in imports_of(tree["hpcdeq.train"], tree)}
-    assert {("hpcdeq.commands", False), ("hpcdeq.problem", True), ("hpcdeq.parallel", True), ("torch", True)} <= found
+    found = {(i.module, i.late) for i in imports_of(tree["hpcdeq.training"], tree)}
+    assert {("hpcdeq.config", False), ("hpcdeq.problem", True), ("hpcdeq.parallel", True), ("torch", True)} <= found
     assert ("hpcdeq.data.dataset", True) in {(i.module, i.late) for i in imports_of(tree["hpcdeq.data"], tree)}
 
 

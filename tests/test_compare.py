@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,8 +19,10 @@ from conftest import Run as Process
 
 from hpcdeq import parallel, train
 from hpcdeq.campaign.plan import parts_of, plan_variants, read_set, run_of, split_base
+from hpcdeq.campaign.training import ComparedTraining
 from hpcdeq.compare import main
 from hpcdeq.errors import DataError, OptionError, UsageError
+from hpcdeq.optim import Iterate
 from hpcdeq.petsc.options import database_options, insert_options, only_options
 from hpcdeq.record import HISTORY_COLUMNS, EvaluationWriter, Spacing
 from hpcdeq.report import Comparison, Method, Run, Trial, best_of, group_runs, read_run, write_comparison
@@ -554,12 +558,17 @@ def test_a_comparison_from_beginning_to_end(
             assert "differ" not in reader.text and "still to come" not in reader.text
             assert "One learning rate only was tried: adam at 0.001" in reader.text
 
-    # What is there is not run again; what was stopped is.
+    # What is there is not run again; what was stopped is, and goes on where it left a checkpoint.
     with parallel.agreement(comm):
         if comm.rank == 0:
-            (out / "runs" / "adam-0" / "summary.json").unlink()
+            for name in ("summary.json", "checkpoint.h5", "checkpoint-previous.h5"):
+                (out / "runs" / "adam-0" / name).unlink(missing_ok=True)
+            (out / "runs" / "trgn-1" / "summary.json").unlink()
+            ended = (out / "runs" / "trgn-1" / "history.csv").read_text()
             marks = {
-                name: (out / "runs" / name / "summary.json").stat().st_mtime_ns for name in names if name != "adam-0"
+                name: (out / "runs" / name / "summary.json").stat().st_mtime_ns
+                for name in names
+                if name not in ("adam-0", "trgn-1")
             }
     assert main([*arguments, "--quiet"]) == 0
     printed = capsys.readouterr().out
@@ -567,8 +576,11 @@ def test_a_comparison_from_beginning_to_end(
         if comm.rank == 0:
             assert [
                 name for name in names if (out / "runs" / name / "summary.json").stat().st_mtime_ns != marks.get(name)
-            ] == ["adam-0"]
-            assert printed.count("done before") == 3 and "run 2 of" not in printed
+            ] == ["adam-0", "trgn-1"]
+            assert printed.count("done before") == 2 and "run 2 of" not in printed
+            assert (out / "runs" / "trgn-1" / "history.csv").read_text() == ended
+            assert not (out / "runs" / "trgn-1.unfinished").exists()
+            check_evaluations(read_run(out / "runs" / "trgn-1"))
             assert (out / "runs" / "adam-0.unfinished" / "history.csv").exists()
             again = read_run(out / "runs" / "adam-0")
             np.testing.assert_allclose(again.history["train_loss"], runs["adam-0"].history["train_loss"], rtol=1e-8)
@@ -580,6 +592,38 @@ def test_a_comparison_from_beginning_to_end(
         main([*arguments, "--max-iterations", "4"])
     with pytest.raises(OptionError, match=r"petsc\.tao_trust0 0\.5 there and 0\.7 here"):
         main([*arguments, "--set", "trgn:tao_trust0=0.7"])
+
+
+@pytest.mark.parallel([1, 2])
+def test_a_comparison_that_is_interrupted_goes_on_within_the_run(
+    burgers: Path, shared_tmp_path: Path, comm: parallel.Comm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Send one rank a signal in the second run: it is left with a checkpoint, and the same command ends as if undisturbed."""
+    given = ["--data", str(burgers), "--optimizers", "lbfgs,adam", "--seeds", "1", "--max-iterations", "4", "--quiet"]
+    assert main([*given, "--out", str(shared_tmp_path / "whole")]) == 0
+    record = ComparedTraining._record
+
+    def disturbed(self: ComparedTraining, iterate: Iterate) -> None:
+        record(self, iterate)
+        if self.config.optimizer == "adam" and iterate.iteration == 2 and comm.rank == comm.size - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(ComparedTraining, "_record", disturbed)
+    out = shared_tmp_path / "parts"
+    assert main([*given, "--out", str(out)]) == 75
+    monkeypatch.undo()
+    if comm.rank == 0:
+        summary = json.loads((out / "runs" / "adam-0" / "summary.json").read_text())
+        assert (summary["status"], summary["iterations"]) == ("interrupted", 2)
+    parallel.any_rank(comm, False)
+    assert main([*given, "--out", str(out)]) == 0
+    with parallel.agreement(comm):
+        if comm.rank == 0:
+            one, two = (read_run(shared_tmp_path / name / "runs" / "adam-0") for name in ("whole", "parts"))
+            for name in ("iteration", "train_loss", "validation_metric", "gradients"):
+                assert one.history[name].tolist() == two.history[name].tolist(), name
+            assert two.summary["status"] == "budget"
+            check_evaluations(two)
 
 
 def check_evaluations(run: Run) -> None:

@@ -17,6 +17,8 @@ from conftest import Run, clean_environment
 from hpcdeq.builders.fields import prepare_burgers
 from hpcdeq.record.checkpoint import LATEST, _verify
 from hpcdeq.record.interruption import seconds_left, slurm_seconds
+from hpcdeq.startup import STARTED
+from hpcdeq.train import main
 
 TRAIN = ("-m", "hpcdeq.train")
 SMALL = ("--data", "b.h5", "--model", "mlp", "--optimizer", "adam", "--schedule", "constant", "--batch-size", "8")
@@ -89,18 +91,24 @@ def test_a_signal_to_one_rank_ends_in_a_checkpoint_and_the_run_goes_on(
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] == "budget"
 
 
-def test_a_limit_of_the_job_stops_before_it(run: Run, tmp_path: Path, burgers: None) -> None:
-    """Slurm tells when the job ends; squeue, asked for the same, does not exist here."""
-    end = str(int(time.time()) + 40)
-    arguments = (*SMALL, "--max-iterations", "1000000", "--out", "r")
-    done = run(*TRAIN, *arguments, SLURM_JOB_END_TIME=end, SLURM_JOB_ID="1", timeout=60)
-    assert done.returncode == 75, done.stderr
-    assert time.time() < int(end)
-    assert "stopped before the job's wall-time limit" in done.stdout
-    done = run(*TRAIN, *arguments, "--resume", "--wall-seconds", "20", timeout=60)
-    assert done.returncode == 75, done.stderr
+@pytest.mark.parametrize("told", ["Slurm", "--wall-seconds"])
+def test_a_limit_of_the_job_stops_before_it(
+    tmp_path: Path, burgers: None, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """Both count on their own clock: Slurm's end is a time of the day, the option counts from the start of the process."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [*SMALL, "--max-iterations", "1000000", "--out", "r", "--quiet"]
+    end = time.monotonic() + 4.0
+    if told == "Slurm":
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 4.0)))
+    else:
+        arguments += ["--wall-seconds", str(end - STARTED)]
+    assert main(arguments) == 75
+    assert time.monotonic() < end
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["message"].startswith("stopped before the job's wall-time limit; --resume goes on")
     rows = [int(row["iteration"]) for row in history(tmp_path / "r")]
-    assert rows == list(range(len(rows)))
+    assert rows == list(range(summary["iterations"] + 1))
 
 
 def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(run: Run, tmp_path: Path, burgers: None) -> None:

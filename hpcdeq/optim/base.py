@@ -219,7 +219,7 @@ class Recorder:
         }
 
     def restore(self, known: Known, x0: Tensor) -> None:
-        """Go on from a state, that of the problem included. Collective on the problem's comm.
+        """Go on from a state, that of the problem included. Not collective.
 
         Parameters
         ----------
