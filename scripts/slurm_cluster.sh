@@ -30,10 +30,10 @@ install_packages() {
     [ "$(id -u)" = 0 ] || fail 1 "installing Debian's packages needs root: ask for slurm-wlm, munge and libpmix2"
     command -v apt-get >/dev/null || fail 1 "no apt-get here: install Slurm and munge as this system does it"
     export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 # the packages' own daemons stay down
-    [ -z "$(missing)" ] || {
-        apt-get update -q >/dev/null &&
-            apt-get install -q -y --no-install-recommends slurm-wlm munge libpmix2 >/dev/null
-    } || fail 1 "apt-get could not install slurm-wlm, munge and libpmix2"
+    if [ -n "$(missing)" ] || ! ls /usr/lib/*/pmix2/lib/libpmix.so.2 >/dev/null 2>&1; then
+        apt-get update -q >/dev/null && apt-get install -q -y --no-install-recommends slurm-wlm munge libpmix2 >/dev/null ||
+            fail 1 "apt-get could not install slurm-wlm, munge and libpmix2"
+    fi
     # Slurm's pmix plugin opens libpmix.so, a name that only the development package has (with autoconf and more).
     local folder
     for folder in /usr/lib/*/pmix2/lib; do
@@ -226,7 +226,7 @@ stop:2) stop "$(readlink -m "$2")" ;;
 watch:3) watch "$2" "$3" ;;
 node:3) node "$2" "$3" ;;
 *)
-    sed -n '2,12s/^# \{0,1\}//p' "$SELF"
+    sed -n '2,13s/^# \{0,1\}//p' "$SELF"
     exit 1
     ;;
 esac
