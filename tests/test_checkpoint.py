@@ -241,7 +241,7 @@ def test_a_run_stops_while_there_is_time_for_a_step_and_a_checkpoint(
     keeper = keeper_of(tmp_path, comm, left=400.0)
     while not keeper(1, lambda: {"number": 1}, last=False):
         clock.now += 40.0
-    # 20 s are for ending, one and a half steps of 40 s have to fit before.
+    # 30 s are for ending, one and a half steps of 40 s have to fit before.
     assert clock.now - start == 320.0
     assert keeper.why == "stopped before the job's wall-time limit" and keeper.written
 

@@ -20,7 +20,7 @@ from hpcdeq.state import State
 SELDOMEST, OFTENEST, SHARE = 600.0, 10.0, 0.01
 # Before the wall-time limit a run needs the time of one more step between safe points, of a checkpoint, and of ending.
 LONGEST_STEPS, CHECKPOINTS = 1.5, 2.0
-ENDING, ENDING_SHARE = 30.0, 0.05
+ENDING, ENDING_SHARE = 30.0, 0.1
 
 
 class CheckpointKeeper:
