@@ -149,6 +149,8 @@ run() { # MODULE ARGUMENTS...
 
 end() { # ARGUMENTS...: of the script, which a new job gets again
     local after next
+    # Slurm ends processes one by one: the program may be gone before this script is told of it.
+    [ "$CODE" = 0 ] || sleep 2 || true
     trap '' USR1 TERM
     if [ "$CODE" = 0 ]; then
         say "done"
