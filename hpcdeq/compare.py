@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcdeq.campaign.campaign import Campaign
-from hpcdeq.campaign.plan import UNBOUNDED, Variant, plan_variants, read_set, split_base
+from hpcdeq.campaign.plan import UNBOUNDED, Variant, parts_of, plan_variants, read_set, split_base
 from hpcdeq.commands import CommandParser
 from hpcdeq.config import EMBEDDED, EMBEDDED_SETTINGS, named_options, read_toml
 from hpcdeq.config_options import KEEPING, add_keeping, add_settings, with_options
@@ -38,6 +38,8 @@ settings of one method: --set adam:batch_size=128 --set trgn:tao_trust0=0.5, or 
 options of PETSc (single dash, -tao_... -deq_...) are for all methods
 
 DIR gets comparison.html (one file, with its figures), comparison.md, comparison.csv, figures/ and runs/METHOD-SEED/.
+Jobs beside each other: --part 0/9, --part 1/9, ... each work in DIR/parts/K, and the report of all is made by
+  {PROGRAM} DIR/parts/* --out DIR
 without --data, the embedded default problem
 SIGTERM, SIGUSR1 and the wall-time limit leave the run of the moment with a checkpoint; the same command goes on with it
 exit codes: {EXIT_DONE} done, {EXIT_FAILED} failed (all runs diverged), 2 bad usage or input, {EXIT_INTERRUPTED} interrupted
@@ -70,6 +72,13 @@ def _seeds(text: str) -> int:
     return int(text)
 
 
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give which of how many, from 0 on, e.g. 0/9")
+    return int(number), int(count)
+
+
 def build_parser() -> CommandParser:
     """Return the parser of this command. Not collective."""
     parser = CommandParser(prog=PROGRAM, description=(__doc__ or "").strip(), epilog=EPILOG)
@@ -96,6 +105,9 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument(
         "--reference", metavar="NAME", help=f"method that times are measured against (default {REFERENCE}, or the last)"
+    )
+    parser.add_argument(
+        "--part", type=_part, metavar="K/N", help="do one run of the N, the K-th from 0; those of a scan are one part"
     )
     parser.add_argument("--quiet", action="store_true", help="print a line for each run that ends, and errors")
     parser.add_argument("--verbose", action="store_true", help="print the progress of every run")
@@ -130,10 +142,13 @@ def main(arguments: list[str]) -> int:
         reference = _reference(options.reference, {v.label: v.config.optimizer for v in variants})
         for variant in variants:
             check(variant.config)
+        out = options.out
+        if options.part is not None:
+            number, count = options.part
+            variants, seeds = _part_of(variants, seeds, number, count)
+            out = out / "parts" / str(number)
     keeping = Keeping.of(options, resume=False)
-    campaign = Campaign(
-        variants, seeds, reference, options.out, quiet=options.quiet, verbose=options.verbose, keeping=keeping
-    )
+    campaign = Campaign(variants, seeds, reference, out, quiet=options.quiet, verbose=options.verbose, keeping=keeping)
     good = campaign.run()
     return EXIT_INTERRUPTED if campaign.interrupted else EXIT_DONE if good else EXIT_FAILED
 
@@ -184,6 +199,17 @@ def _reference(name: str | None, optimizers: dict[str, str]) -> str:
         hint = suggestion(name, optimizers, f"choose one of {', '.join(optimizers)}")
         raise OptionError(f"--reference {name} is not compared: {hint}")
     return name
+
+
+def _part_of(variants: list[Variant], seeds: range, number: int, count: int) -> tuple[list[Variant], range]:
+    """Return what one of the jobs that share a comparison does."""
+    parts = parts_of(variants, seeds)
+    if count != len(parts):
+        raise OptionError(
+            f"--part {number}/{count}: this comparison has {len(parts)} parts; in Slurm, sbatch --array=0-{len(parts) - 1}"
+        )
+    variant, own = parts[number]
+    return [variant], own
 
 
 def _plan(options: argparse.Namespace, petsc: list[str]) -> tuple[list[Variant], range]:

@@ -18,7 +18,7 @@ import pytest
 from conftest import Run as Process
 
 from hpcdeq import parallel, train
-from hpcdeq.campaign.plan import plan_variants, read_set, run_of, split_base
+from hpcdeq.campaign.plan import parts_of, plan_variants, read_set, run_of, split_base
 from hpcdeq.campaign.training import ComparedTraining
 from hpcdeq.compare import main
 from hpcdeq.errors import DataError, OptionError, UsageError
@@ -422,6 +422,12 @@ def test_runs_are_named_by_method_rate_and_seed() -> None:
     assert scanned.name == "adam-lr0.001-0" and scanned.config.learning_rate == 1e-3
 
 
+def test_parts_are_all_runs_once_and_a_scan_stays_together() -> None:
+    variants = plan_variants(["trgn", "adam", "lbfgs"], {"data": "a.h5"}, (), (1e-3, 1e-2))
+    parts = [(variant.label, list(seeds)) for variant, seeds in parts_of(variants, range(4, 6))]
+    assert parts == [("adam", [4, 5]), ("trgn", [4]), ("lbfgs", [4]), ("trgn", [5]), ("lbfgs", [5])]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -450,6 +456,8 @@ def test_runs_are_named_by_method_rate_and_seed() -> None:
         ("run --seeds 2", "--seeds: runs that have ended are compared as they are"),
         ("run -tao_gatol 1", "-tao_gatol: runs that have ended are compared as they are"),
         ("run", "run: no such run directory"),
+        ("--optimizers trgn,adam --part 1/5", "--part 1/5: this comparison has 6 parts; in Slurm, sbatch --array=0-5"),
+        ("run --part 0/1", "--part: runs that have ended are compared as they are"),
     ],
 )
 @pytest.mark.parallel([1, 2])

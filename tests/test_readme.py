@@ -45,5 +45,5 @@ def test_the_optimizers_that_it_names_exist(name: str) -> None:
 
 
 def test_the_files_that_it_names_exist() -> None:
-    for name in re.findall(r"`((?:hpcdeq|scripts|tests|docs)/[\w./]+)`", README):
+    for name in re.findall(r"`((?:hpcdeq|scripts|slurm|tests|docs)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name

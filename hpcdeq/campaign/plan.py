@@ -67,6 +67,16 @@ def run_of(variant: Variant, seed: int, rate: float | None = None) -> Planned:
     return Planned(f"{label}-lr{rate:g}-{seed}", variant.label, dataclasses.replace(config, learning_rate=rate))
 
 
+def parts_of(variants: Sequence[Variant], seeds: range) -> list[tuple[Variant, range]]:
+    """Return what a comparison consists of that can be done beside each other.
+
+    Not collective. A part is a method with a seed, seed by seed; the seeds of a method that scans learning rates wait for
+    the scan, and are one part with it.
+    """
+    scans = [(variant, seeds) for variant in variants if variant.rates]
+    return scans + [(variant, range(s, s + 1)) for s in seeds for variant in variants if not variant.rates]
+
+
 def split_base(settings: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return the settings of a TOML file for all methods, and those in tables ``[optimizers.NAME]``.
 
