@@ -356,7 +356,7 @@ def cores_of_rank(comm: Comm) -> int:
     try:
         own = frozenset(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
-        own = frozenset(range(os.cpucount() or 1))
+        own = frozenset(range(os.cpu_count() or 1))
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     everyone = node.allgather(own)
     node.Free()

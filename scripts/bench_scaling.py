@@ -129,6 +129,7 @@ def inside(asked: dict[str, Any]) -> dict[str, Any]:
     from hpcdeq.config import NO_FALLBACK, TRAINING_OPTIONS
     from hpcdeq.models import build_model, model_config
     from hpcdeq.petsc import PETSc
+    from hpcdeq.traffic import counted
 
     torch.set_num_threads(1)
     comm = parallel.WORLD
