@@ -247,7 +247,8 @@ def test_a_sample_that_is_at_its_fixed_point_already(solver: str) -> None:
     solution = solve(lambda z: rates * z + (1 - rates), start, SOLVERS[solver])
     assert_close(solution.value, torch.ones_like(start))
     assert int(solution.iterations[0]) == 0
-    assert float(solution.residual[0]) == 0.0
+    # PETSc sums up the combinations of all states at once, with weights that add up to one but for rounding.
+    assert float(solution.residual[0]) <= (1e-15 if solver.startswith("native") else 0.0)
     assert bool((solution.iterations[1:] > 0).all())
 
 
@@ -301,7 +302,9 @@ def test_a_map_that_is_constant(solver: str) -> None:
 def test_a_residual_that_never_changes_is_an_error(solver: str) -> None:
     """Every difference of residuals is zero, and there is no fixed point."""
     with pytest.raises(ConvergenceError, match=r"3 of 3 samples(?s:.)*\|\|f\(z\) - z\|\| = 2 "):
-        solve(lambda z: z + 1, torch.zeros(3, 4).double(), {**SOLVERS[solver], "snes_max_it": 50, "snes_rtol": 0.0})
+        # Without help: ngmres leaps to 1e17, where z + 1 is z.
+        options = {**SOLVERS[solver], "snes_max_it": 50, "snes_rtol": 0.0, **ALONE}
+        solve(lambda z: z + 1, torch.zeros(3, 4).double(), options)
 
 
 def root(function: Callable[[float], float], low: float, high: float) -> float:
