@@ -135,9 +135,11 @@ def test_the_words_of_a_command_line_reach_the_database(run: Run) -> None:
         "import sys\n"
         "PETSC_ARGUMENTS[:] = split_arguments(sys.argv[1:])[1]\n"
         "from hpcdeq.petsc.options import Options, database_options\n"
+        "def typed():\n"
+        "    return [pair for pair in sorted(database_options().items()) if not pair[0].startswith('vec_')]\n"
         "with Options('deq_', {'snes_rtol': 1e-3, 'snes_max_it': 5}).inserted():\n"
-        "    print(sorted(database_options().items()))\n"
-        "print(sorted(database_options().items()))\n"
+        "    print(typed())\n"
+        "print(typed())\n"
     )
     done = run("-c", program, "--seed", "3", "-deq_snes_rtol", "1e-9", "-deq_snes_monitor")
     assert done.returncode == 0, done.stderr
