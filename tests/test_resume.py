@@ -151,6 +151,14 @@ def test_every_preconditioner_goes_on(shared_tmp_path: Path, comm: parallel.Comm
 
 
 @pytest.mark.parallel([1, 2])
+def test_the_forcing_term_of_newton_goes_on(shared_tmp_path: Path, comm: parallel.Comm) -> None:
+    options = {"tao_ksp_rtol": 0.9, "tao_ksp_max_it": 50}  # so that the fall of the gradient decides
+    whole, rest = stopped_and_resumed(shared_tmp_path, explicit, "newton", comm, options=options)
+    assert without_clock(rest) == without_clock(whole)
+    assert torch.equal(rest.x, whole.x)
+
+
+@pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("method", ["lbfgs", "trgn"])
 def test_growing_batches_go_on(shared_tmp_path: Path, comm: parallel.Comm, method: str) -> None:
     sampling = Sampling(batch_size=8, batch_growth=1.2, hessian_fraction=0.5 if method == "trgn" else 1.0)
