@@ -179,6 +179,7 @@ EXACT = {
         "tao_lm_damping": 1e-14,
         "tao_lm_damping_min": 1e-14,
     },
+    "newton": {"tao_ksp_max_it": 200, "tao_ksp_rtol": 1e-14, "tao_newton_radius": 1e6},
     "tao:bntr": {
         "tao_bnk_ksp_max_it": 200,
         "tao_bnk_ksp_rtol": 1e-14,

@@ -60,13 +60,16 @@ PRESETS: dict[str, Preset] = {
         GAUSS_NEWTON,
     ),
     "newton": Preset(
-        "inexact Newton with line search and the true Hessian (TAO bnls)",
+        "inexact Newton with line search and the true Hessian: fast near a minimum",
         {
-            "tao_type": "bnls",
-            "tao_bnk_ksp_max_it": _INNER,
-            "tao_bnk_ksp_rtol": 1e-2,
-            "tao_bnk_init_type": "constant",
-            "tao_trust0": 1.0,
+            "tao_type": "newton",
+            "tao_ksp_type": "stcg",
+            "tao_ksp_norm_type": "natural",
+            "tao_ksp_max_it": _INNER,
+            "tao_ksp_rtol": 1e-1,
+            "tao_pc_type": "kronecker",
+            # The true curvature of directions that Gauss-Newton has none in is not known to the factors.
+            "tao_pc_kronecker_damping": 1e-3,
         },
     ),
     "adam": Preset("Adam on minibatches (Kingma and Ba 2015); an iteration is an epoch"),

@@ -28,6 +28,7 @@ SHORT_NAMES = {
     "tao_type": {
         "lbfgs": "hpcdeq.optim.lbfgs.LBFGS",
         "levenberg_marquardt": "hpcdeq.optim.levenberg_marquardt.LevenbergMarquardt",
+        "newton": "hpcdeq.optim.newton.Newton",
     },
 }
 # What PETSc's library does not have among its strings.
@@ -63,6 +64,7 @@ OPTIONS = frozenset(
         "-tao_lm_decrease",
         "-tao_lm_reuse",
         "-tao_lm_overhead",
+        "-tao_newton_radius",
         # petsc4py reads these, not PETSc's library.
         "-snes_python_type",
         "-ksp_python_type",
