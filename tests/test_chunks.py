@@ -20,16 +20,17 @@ from hpcdeq.problem.chunks import GIB, LiveBytes, fitting_chunk_size
 from hpcdeq.problem.memory import process_bytes
 
 WIDTH = 4096  # numbers of a sample in each of the tensors that are alive at once
+SAMPLES = 120  # more on each of two ranks than fit
 
 
 def problem(comm: Comm, chunk_size: int = 64) -> TrainingProblem:
     """Return a problem whose samples need much memory and whose weights need little; the last rank has no samples."""
     torch.manual_seed(0)
-    x = torch.randn(40, 8, WIDTH, dtype=torch.float64)
+    x = torch.randn(SAMPLES, 8, WIDTH, dtype=torch.float64)
     model = nn.Sequential(nn.Linear(WIDTH, 1), nn.Flatten(), nn.Linear(8, 2)).double()
     working = max(1, comm.size - 1)
-    own = parallel.own_slice(40, comm.rank, working) if comm.rank < working else slice(0, 0)
-    return TrainingProblem(model, (x[own], torch.zeros(40, 2).double()[own]), "mse", comm, chunk_size=chunk_size)
+    own = parallel.own_slice(SAMPLES, comm.rank, working) if comm.rank < working else slice(0, 0)
+    return TrainingProblem(model, (x[own], torch.zeros(SAMPLES, 2).double()[own]), "mse", comm, chunk_size=chunk_size)
 
 
 def fitting(made: TrainingProblem, costs: np.ndarray, mib: float, *, products: bool = False) -> int:
