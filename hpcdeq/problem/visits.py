@@ -14,6 +14,7 @@ from hpcdeq.errors import ConvergenceError, OptionError
 from hpcdeq.problem.guidance import Guidance
 from hpcdeq.problem.parameters import ParameterLayout
 from hpcdeq.problem.phases import FORWARD, Phases
+from hpcdeq.watchdog import beat
 
 RAISE, WARN, MASK = POLICIES = ("raise", "warn", "mask")
 Result = TypeVar("Result")
@@ -135,7 +136,9 @@ class Visits:
             try:
                 with self.phases.of(FORWARD), self.guidance.batch(ids, p, chunk=number, products=products):
                     inputs, targets = self.move(*self.dataset.batch(rows))
-                    return compute(inputs, targets, ids)
+                    result = compute(inputs, targets, ids)
+                beat()
+                return result
             except ConvergenceError as error:
                 good = getattr(error.record, "converged", None)
                 if self.on_failure != MASK or good is None or len(good) != len(ids) or bool(good.all()):
