@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcdeq.data import GraphBatch, SampleSource
-from hpcdeq.errors import ConvergenceError, OptionError
+from hpcdeq.data import Dataset, GraphBatch, SampleSource
+from hpcdeq.errors import ConvergenceError, HpcdeqError, OptionError
 from hpcdeq.problem.guidance import Guidance
 from hpcdeq.problem.parameters import ParameterLayout
 from hpcdeq.problem.phases import FORWARD, Phases
@@ -145,7 +145,24 @@ class Visits:
                     raise
                 ids, number = [i for i, fine in zip(ids, good.tolist(), strict=True) if fine], None
                 self.left_out += int((~good).sum())
+            except HpcdeqError:
+                raise
+            except Exception as error:
+                self._blame(error, p, ids, compute)
+                raise
         return None
+
+    def _blame(self, error: Exception, p: Tensor, ids: Sequence[int], compute: Compute[Any]) -> None:
+        """Note with an error the sample that makes it, if one does so alone."""
+        for i in ids:
+            try:
+                with self.guidance.batch([i], p, cold=True):
+                    compute(*self.move(*self.dataset.batch(slice(i, i + 1))), [i])
+            except Exception as same:
+                if type(same) is type(error):
+                    named = f" ({self.dataset.ids[i]})" if isinstance(self.dataset, Dataset) else ""
+                    error.add_note(f"It is sample {self.dataset.offset + i}{named} that makes it")
+                return
 
     def move(self, inputs: Tensor | GraphBatch, targets: Tensor) -> tuple[Tensor | GraphBatch, Tensor]:
         """Return a batch in the model's precision, on its device; class numbers stay whole."""
