@@ -107,7 +107,7 @@ def test_a_later_overflow_is_named_before_the_weights_are_lost(comm: parallel.Co
 @pytest.mark.parallel([1, 2])
 def test_no_sample_alone(comm: parallel.Comm) -> None:
     problem, _ = problem_of("fine", comm)
-    assert culprit(problem, torch.tensor([0.5])) == "No sample's alone is not finite: their sum overflows"
+    assert culprit(problem, torch.tensor([0.5])) == ""
     assert culprit(problem, torch.tensor([float("nan")])) == "The weights themselves are not finite"
 
 

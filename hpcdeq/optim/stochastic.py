@@ -382,7 +382,7 @@ class MinibatchRun:
             f" give a smaller --learning-rate, such as {self.settings.learning_rate / 10:.3g}"
         )
         if batch is not None:
-            words += f". {culprit(self.problem, self._x, batch)}"
+            words = ". ".join(filter(None, [words, culprit(self.problem, self._x, batch)]))
         assert self.recorder.last is not None
         for x in (self.recorder.last.x, self._x0):
             try:

@@ -131,7 +131,7 @@ class TaoRun:
         ending = ending_of(self.recorder, reason, unreached=unreached, infinite=self.infinite, gatol=gatol)
         told, status = words(ending), status_of(ending)
         if status == DIVERGED and self.infinite and self._rejected_at is not None:
-            told += f". {culprit(self.problem, self._rejected_at)}, at the last one"
+            told = ". ".join(filter(None, [told, culprit(self.problem, self._rejected_at)]))
         return self.recorder.result(status, reason, told, self.rejected)
 
     # -------------------------------------------------------------------------------------------------- state

@@ -30,14 +30,14 @@ def culprit(problem: TrainingProblem, p: Tensor, rows: np.ndarray | None = None)
     Returns
     -------
     str
-        A sentence, the same on all ranks.
+        A sentence, the same on all ranks; nothing where no sample's alone is not finite.
     """
     if not bool(torch.isfinite(p).all()):
         return "The weights themselves are not finite"
     found = parallel.of_all_ranks(problem.comm, problem.agreed(lambda: _first(problem, p, rows) or ""))
     rank, told = next(((rank, told) for rank, told in enumerate(found) if told), (0, ""))
     if not told:
-        return "No sample's alone is not finite: their sum overflows"
+        return ""
     where = f" on rank {rank}" if problem.comm.size > 1 else ""
     name, cause = told.split("\n", 1)
     return f"The first is training sample {name}{where}: {cause}"
