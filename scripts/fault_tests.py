@@ -34,7 +34,7 @@ import numpy as np
 
 from hpcdeq.record.checkpoint import LATEST, PREVIOUS, _verify
 
-LIMIT = 120.0  # seconds that a job may take to end, whatever was done to it
+LIMIT = 300.0  # seconds that a job may take to end, whatever was done to it
 PROBLEMS = {
     "adam": ("mlp", "--optimizer", "adam", "--batch-size", "32", "--max-iterations", "40", "--checkpoint-every", "7"),
     "lbfgs": ("mlp", "--optimizer", "lbfgs", "--max-iterations", "24", "--checkpoint-every", "3"),
