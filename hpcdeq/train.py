@@ -113,7 +113,12 @@ def main(arguments: list[str]) -> int:
     from hpcdeq.record import Signals
 
     with watched(patience), Signals(speak=parallel.WORLD.rank == 0) as signals:
-        return exit_code(Training(config, options.out, signals, quiet=options.quiet, keeping=keeping).run().status)
+        result = Training(config, options.out, signals, quiet=options.quiet, keeping=keeping).run()
+    if (
+        result.status == "diverged" and options.quiet and parallel.WORLD.rank == 0
+    ):  # an error, which is printed in any case
+        sys.stderr.write(f"diverged: {result.message}\n")
+    return exit_code(result.status)
 
 
 def exit_code(status: str) -> int:
