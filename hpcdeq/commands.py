@@ -24,8 +24,12 @@ def speaks() -> bool:
 
     Not collective. The launcher's environment answers, so that a wrong command line need not start MPI.
     """
-    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
-    return rank == "0"
+    return rank_of_environment() in (None, "0")
+
+
+def rank_of_environment() -> str | None:
+    """Return this process's rank as its launcher says it; None outside of a job. Not collective."""
+    return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), None)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

@@ -23,6 +23,7 @@ from hpcdeq.methods import learning_rate_grid
 from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments
 from hpcdeq.train import check
 from hpcdeq.training import Keeping
+from hpcdeq.watchdog import HANG_SECONDS, hang_seconds, watched
 
 PROGRAM = "python -m hpcdeq.compare"
 OPTIMIZERS = ("trgn", "lbfgs", "newton", "adam")
@@ -139,6 +140,7 @@ def main(arguments: list[str]) -> int:
         return EXIT_DONE
     with parallel.agreement(parallel.WORLD):
         variants, seeds = _plan(options, petsc)
+        patience = hang_seconds(options.hang_seconds, HANG_SECONDS)
         reference = _reference(options.reference, {v.label: v.config.optimizer for v in variants})
         for variant in variants:
             check(variant.config)
@@ -148,8 +150,11 @@ def main(arguments: list[str]) -> int:
             variants, seeds = _part_of(variants, seeds, number, count)
             out = out / "parts" / str(number)
     keeping = Keeping.of(options, resume=False)
-    campaign = Campaign(variants, seeds, reference, out, quiet=options.quiet, verbose=options.verbose, keeping=keeping)
-    good = campaign.run()
+    with watched(patience):
+        campaign = Campaign(
+            variants, seeds, reference, out, quiet=options.quiet, verbose=options.verbose, keeping=keeping
+        )
+        good = campaign.run()
     return EXIT_INTERRUPTED if campaign.interrupted else EXIT_DONE if good else EXIT_FAILED
 
 

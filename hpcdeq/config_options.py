@@ -11,8 +11,9 @@ from typing import Any
 from hpcdeq.commands import CommandParser
 from hpcdeq.config import TrainConfig
 from hpcdeq.methods import MINIBATCH, SCHEDULES
+from hpcdeq.watchdog import HANG_SECONDS, VARIABLE
 
-KEEPING = ("checkpoint_every", "checkpoint_cache", "wall_seconds")  # the options of `add_keeping`
+KEEPING = ("checkpoint_every", "checkpoint_cache", "wall_seconds", "hang_seconds")  # the options of `add_keeping`
 
 
 def add_settings(parser: CommandParser) -> None:
@@ -118,7 +119,10 @@ def add_settings(parser: CommandParser) -> None:
 
 
 def add_keeping(parser: CommandParser) -> None:
-    """Add the options that say when a run's state is kept; they decide nothing of what it computes. Not collective."""
+    """Add the options that say when a run's state is kept, and when it ends; they change nothing of what it computes.
+
+    Not collective.
+    """
     parser.add_argument(
         "--checkpoint-every",
         type=_positive,
@@ -137,6 +141,13 @@ def add_keeping(parser: CommandParser) -> None:
         type=_not_negative,
         metavar="S",
         help="limit of the whole job, from its start: stops before it and can be resumed (default: Slurm's, if there is one)",
+    )
+    parser.add_argument(
+        "--hang-seconds",
+        type=_not_negative,
+        metavar="S",
+        help=f"a rank without any progress for so long writes where it is and ends the job (default {HANG_SECONDS:.0f}; 0: never;"
+        f" the environment's {VARIABLE} is the same, for scripts too)",
     )
 
 

@@ -21,8 +21,9 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, HpcdeqError, RankError
-from hpcdeq.startup import leave_with_parent
+from hpcdeq.startup import leave_with_launcher, leave_with_parent
 from hpcdeq.traffic import count
+from hpcdeq.watchdog import beat
 
 T = TypeVar("T")
 Comm = MPI.Intracomm
@@ -41,6 +42,7 @@ def sum_over_ranks(comm: Comm, values: np.ndarray) -> np.ndarray:
         total = total.copy()
         count("allreduce", total)
         comm.Allreduce(MPI.IN_PLACE, total, op=MPI.SUM)
+        beat()
     return total
 
 
@@ -64,6 +66,7 @@ def _extreme(comm: Comm, value: float, op: MPI.Op) -> float:
     found = np.array([value], np.float64)
     count("allreduce", found)
     comm.Allreduce(MPI.IN_PLACE, found, op=op)
+    beat()
     return float(found[0])
 
 
@@ -81,6 +84,7 @@ def from_root(comm: Comm, value: T) -> T:
     """Return rank 0's value on every rank. Collective on comm."""
     if comm.size > 1:
         count("broadcast", value)
+    beat()
     return comm.bcast(value, root=0)
 
 
@@ -100,6 +104,7 @@ def largest_over_ranks(comm: Comm, values: np.ndarray) -> np.ndarray:
         return values
     largest = np.ascontiguousarray(values).copy()
     comm.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
+    beat()
     return largest
 
 
@@ -122,6 +127,7 @@ def blocks_to_root(comm: Comm, block: np.ndarray, shapes: list[tuple[int, str]])
         if rank and length:
             other = np.empty(length, dtype=dtype)
             comm.Recv(other, source=rank)
+            beat()
             yield other
         elif length:
             yield block
@@ -142,6 +148,7 @@ def gather_blocks(comm: Comm, block: np.ndarray, sizes: list[int], out: np.ndarr
         return out
     count("allgather", out)
     comm.Allgatherv(np.ascontiguousarray(block), [out, sizes])
+    beat()
     return out
 
 
@@ -155,6 +162,7 @@ def sum_and_scatter(comm: Comm, values: np.ndarray, sizes: list[int]) -> np.ndar
     out = np.empty(sizes[comm.rank])
     count("reduce_scatter", values)
     comm.Reduce_scatter([np.ascontiguousarray(values), MPI.DOUBLE], [out, MPI.DOUBLE], recvcounts=sizes, op=MPI.SUM)
+    beat()
     return out
 
 
@@ -227,7 +235,10 @@ def foreign_error(error: BaseException) -> str:
         return "".join(traceback.format_exception(error)).rstrip()
     place = traceback.extract_tb(error.__traceback__)
     where = f" (at {place[-1].filename}:{place[-1].lineno}; HPCDEQ_TRACEBACK=1 shows how it got there)" if place else ""
-    return traceback.format_exception_only(error)[-1].strip() + where
+    notes = getattr(error, "__notes__", [])
+    lines = traceback.format_exception_only(error)
+    told = lines[len(lines) - 1 - sum(note.count("\n") + 1 for note in notes)].strip()
+    return ". ".join([told + where, *notes])
 
 
 def any_other_rank_fine(comm: Comm, error: BaseException | None) -> bool:
@@ -280,6 +291,7 @@ def launch(main: Callable[[list[str]], int | None], arguments: list[str]) -> Non
     Collective on MPI.COMM_WORLD. An error that all ranks agreed on is printed once, by rank 0. Any other error is
     printed by the rank that has it, and the whole job is ended: the other ranks may be waiting for this one.
     """
+    leave_with_launcher()
     code: int = EXIT_FAILED
     try:
         code = main(arguments) or EXIT_DONE

@@ -19,6 +19,7 @@ from hpcdeq.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UsageError
 from hpcdeq.methods import METHODS
 from hpcdeq.startup import PETSC_ARGUMENTS, split_arguments
 from hpcdeq.training import PREFIXES, PROGRAM, Keeping, Training
+from hpcdeq.watchdog import HANG_SECONDS, hang_seconds, watched
 
 EPILOG = """\
 options of PETSc (single dash) go to its options database untouched:
@@ -28,6 +29,8 @@ options of PETSc (single dash) go to its options database untouched:
 
 SIGTERM, SIGUSR1 and the wall-time limit (Slurm's, or --wall-seconds) stop a run at its next safe point, with a checkpoint;
 a second signal stops at once. The same command with --out DIR --resume begins a run, goes on with it, or says that it ended.
+
+A run whose launcher or one of whose ranks is killed ends, and goes on from its last checkpoint; one job at a time works in DIR.
 
 exit codes: 0 done, 1 failed, 2 bad usage or input, 75 interrupted: --resume goes on
 """
@@ -96,6 +99,7 @@ def main(arguments: list[str]) -> int:
         held = parallel.only_root(parallel.WORLD, lambda: held_in(Path(options.out), given))
     with parallel.agreement(parallel.WORLD):
         config = resolve(options, petsc, held)
+        patience = hang_seconds(options.hang_seconds, HANG_SECONDS)
         PETSC_ARGUMENTS[:] = [word for name, value in config.petsc.items() for word in (f"-{name}", value) if word]
         from hpcdeq.petsc.options import insert_options
 
@@ -108,8 +112,13 @@ def main(arguments: list[str]) -> int:
     keeping = Keeping.of(options, resume=held.settings is not None)
     from hpcdeq.record import Signals
 
-    with Signals(speak=parallel.WORLD.rank == 0) as signals:
-        return exit_code(Training(config, options.out, signals, quiet=options.quiet, keeping=keeping).run().status)
+    with watched(patience), Signals(speak=parallel.WORLD.rank == 0) as signals:
+        result = Training(config, options.out, signals, quiet=options.quiet, keeping=keeping).run()
+    if (
+        result.status == "diverged" and options.quiet and parallel.WORLD.rank == 0
+    ):  # an error, which is printed in any case
+        sys.stderr.write(f"diverged: {result.message}\n")
+    return exit_code(result.status)
 
 
 def exit_code(status: str) -> int:

@@ -146,6 +146,7 @@ class Training:
         if self.meter is not None:
             self.meter.start()
         with contextlib.ExitStack() as stack:
+            stack.callback(self.directory.release)
             known = (
                 stack.enter_context(read_checkpoint(self.directory.path, self.comm)) if self.keeping.resume else None
             )
@@ -158,8 +159,8 @@ class Training:
             finally:
                 if self.history is not None:
                     self.history.close()
+            self._finish(result)
         unread = unused_options(PREFIXES)
-        self._finish(result)
         self._say(describe_solves(self.problem))
         if unread:
             self._say(f"note: given but read by no solver of this run: {', '.join(unread)}")

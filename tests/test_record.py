@@ -95,6 +95,7 @@ def test_rank_zero_alone_writes(tmp_path: Path):
     run = record.RunDirectory(folder)
     run.create(parallel.WORLD)
     run.write_text(f"from-{parallel.WORLD.rank}.txt", "text")
+    run.release()
     parallel.any_rank(parallel.WORLD, False)  # wait for all
     assert [path.name for path in folder.iterdir()] == ["from-0.txt"]
 

@@ -89,7 +89,9 @@ class Campaign:
 
     def run(self) -> bool:
         """Run what is not there yet, with a report after each run; say whether any run did not diverge."""
-        with self.signals:
+        from hpcdeq.record import locked
+
+        with locked(self.comm, self.out), self.signals:
             return self._run()
 
     def _run(self) -> bool:
@@ -132,8 +134,12 @@ class Campaign:
 
         embedded = self.out / f"{EMBEDDED}.h5"
         if Path(data) == embedded and not parallel.from_root(self.comm, embedded.exists()):
-            RunDirectory(self.out).create(self.comm)
-            prepare_burgers(embedded, EMBEDDED_SAMPLES, comm=self.comm, command=PROGRAM)
+            folder = RunDirectory(self.out)
+            folder.create(self.comm)
+            try:
+                prepare_burgers(embedded, EMBEDDED_SAMPLES, comm=self.comm, command=PROGRAM)
+            finally:
+                folder.release()
 
     def _check_methods(self) -> None:
         """Refuse methods that do not fit the model and the data, and let the first calls of libraries be over."""

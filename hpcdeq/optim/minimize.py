@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 
@@ -24,6 +25,7 @@ from hpcdeq.problem.branches import elsewhere
 from hpcdeq.problem.determinism import nondeterminism
 from hpcdeq.problem.randomness import random_layer
 from hpcdeq.state import Known
+from hpcdeq.watchdog import hang_seconds, watched
 
 __all__ = ["METHODS", "check_method", "minimize", "resolved_options"]
 
@@ -91,6 +93,7 @@ def minimize(
     with parallel.agreement(problem.comm):
         _check(problem, method, max_iterations, options, minibatch)
         preset = _preset(method, sampling, curvature)
+        patience = hang_seconds()
     x0 = problem.initial() if initial is None else initial.detach()
     with parallel.agreement(problem.comm):
         _check_initial(problem, x0)
@@ -99,7 +102,8 @@ def minimize(
     recorder = Recorder(problem, callback, max_seconds, keeper=keeper, method=method)
     problem.begin(noisy=method in MINIBATCH)
     known = None if resume is None else resume["method"]
-    try:
+    with watched(patience), contextlib.ExitStack() as stack:
+        stack.callback(problem.end)
         if resume is not None:
             with parallel.agreement(problem.comm):
                 recorder.restore(resume, x0)
@@ -127,8 +131,6 @@ def minimize(
             loss, gradient = problem.loss_and_gradient(result.x)
             result = dataclasses.replace(result, loss=loss, gradient_norm=float(gradient.norm()))
         result = _with_branches(problem, result)
-    finally:
-        problem.end()
     if result.status == DIVERGED and raise_on_failure:
         raise ConvergenceError(
             f"{method} stopped after {result.iterations} iterations: {result.reason}, {result.message}.",

@@ -20,7 +20,8 @@ from torch.optim.rmsprop import rmsprop
 from hpcdeq.errors import ConvergenceError, OptionError
 from hpcdeq.methods import ADAMW_DECAY, BATCH_SIZE, LEARNING_RATE, MINIBATCH, Schedule
 from hpcdeq.optim.base import BUDGET, DIVERGED, Recorder, Result
-from hpcdeq.optim.tao import initial_loss_error
+from hpcdeq.optim.beginning import initial_gradient_error, initial_loss_error
+from hpcdeq.problem.culprit import culprit
 from hpcdeq.problem.randomness import random_layer
 from hpcdeq.state import Block, Known, State, whole
 
@@ -248,9 +249,12 @@ class MinibatchRun:
         if self._random:
             self._seed(0)
         # A pass over all samples takes as long as an epoch: what is told of the beginning is what the first batch says.
-        loss, gradient = problem.loss_and_gradient(x0, self._order(1)[: self.batch_size])
+        batch = self._order(1)[: self.batch_size]
+        loss, gradient = problem.loss_and_gradient(x0, batch)
         if not np.isfinite(loss):
-            raise initial_loss_error(loss)
+            raise initial_loss_error(problem, loss, x0, batch)
+        if problem.spoilt:
+            raise initial_gradient_error(problem, x0, batch)
         self.recorder.emit(0, x0, loss, float(gradient.norm()), None)
         del gradient  # a whole vector, for all of the run
         self._block = x0[problem.layout.owned].detach().to("cpu", copy=True)
@@ -321,8 +325,9 @@ class MinibatchRun:
                 if not self._steps:
                     raise
                 return self._diverged(epoch, f"could not be computed ({str(error).splitlines()[0]})")
-            if not math.isfinite(loss):
-                return self._diverged(epoch, f"became {loss}")
+            if self.problem.spoilt:
+                became = "has a gradient that is not finite" if math.isfinite(loss) else f"became {loss}"
+                return self._diverged(epoch, became, batch)
             self._losses.append(loss)
             self._squares += float(own @ own)
             self._step(own, spent)
@@ -370,12 +375,14 @@ class MinibatchRun:
     def _out_of_time(self) -> Result:
         return self.recorder.result(BUDGET, "DIVERGED_USER", "the time is up; --max-seconds allows more")
 
-    def _diverged(self, epoch: int, happened: str) -> Result:
+    def _diverged(self, epoch: int, happened: str, batch: np.ndarray | None = None) -> Result:
         """Return to the last iterate whose loss over all samples is finite, and say what happened."""
         words = (
             f"the loss {happened} in epoch {epoch}, after {self._steps} steps, at a learning rate of {self._rate:.3g}:"
             f" give a smaller --learning-rate, such as {self.settings.learning_rate / 10:.3g}"
         )
+        if batch is not None:
+            words = ". ".join(filter(None, [words, culprit(self.problem, self._x, batch)]))
         assert self.recorder.last is not None
         for x in (self.recorder.last.x, self._x0):
             try:

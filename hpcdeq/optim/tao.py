@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hpcdeq import parallel
-from hpcdeq.errors import ConvergenceError, DataError
-from hpcdeq.optim.base import Recorder, Result
+from hpcdeq.errors import ConvergenceError
+from hpcdeq.optim.base import DIVERGED, Recorder, Result
+from hpcdeq.optim.beginning import initial_gradient_error, initial_loss_error
 from hpcdeq.optim.curvature import CurvatureMatrix
 from hpcdeq.optim.presets import Preset
 from hpcdeq.optim.sampling import Sampling
@@ -24,6 +25,7 @@ from hpcdeq.petsc.options import Options, Value
 from hpcdeq.petsc.solves import reason_name, reraise
 from hpcdeq.petsc.vectors import block_of, restore_vector
 from hpcdeq.problem import LeastSquares
+from hpcdeq.problem.culprit import culprit
 from hpcdeq.state import Block, Known, State, whole
 
 # A trial point without fixed points, or with a loss that is not finite, counts as this many times the largest loss seen.
@@ -127,7 +129,10 @@ class TaoRun:
             self.recorder.last = replace(last, loss=loss, gradient_norm=float(gradient.norm()))
         unreached = self.rejected - self.infinite
         ending = ending_of(self.recorder, reason, unreached=unreached, infinite=self.infinite, gatol=gatol)
-        return self.recorder.result(status_of(ending), reason, words(ending), self.rejected)
+        told, status = words(ending), status_of(ending)
+        if status == DIVERGED and self.infinite and self._rejected_at is not None:
+            told = ". ".join(filter(None, [told, culprit(self.problem, self._rejected_at)]))
+        return self.recorder.result(status, reason, told, self.rejected)
 
     # -------------------------------------------------------------------------------------------------- state
 
@@ -235,7 +240,7 @@ class TaoRun:
             norm_is_finite = np.isfinite(self.problem.comm.size * (block @ block))
         if parallel.any_rank(self.problem.comm, not norm_is_finite):
             if not self._differentiated:
-                raise initial_gradient_error()
+                raise initial_gradient_error(self.problem, point, self._rows)
             block = np.zeros_like(block)
             value = self._refuse(point) if value == loss else value
         self._differentiated = True
@@ -248,7 +253,7 @@ class TaoRun:
         """Return a loss that TAO can go on with; see `_reject`."""
         if not np.isfinite(loss):
             if not self._started:
-                raise initial_loss_error(loss)
+                raise initial_loss_error(self.problem, loss, point, self._rows)
             return self._refuse(point)
         self._started = True
         self._worst = max(self._worst, loss)
@@ -376,21 +381,3 @@ class TaoRun:
         block = self._squares.owned_jacobian_transpose_product(self._jacobian_at, u.getArray(readonly=True))
         with y as values:
             values[:] = block
-
-
-def initial_gradient_error() -> DataError:
-    """Return the error for a gradient that is not finite at the start. Not collective."""
-    return DataError(
-        "the gradient at the initial weights is NaN or infinite although the loss is finite: look for a square root, norm"
-        " or logarithm of zero in the model, or change the initial weights (--seed)",
-        agreed=True,
-    )
-
-
-def initial_loss_error(loss: float) -> DataError:
-    """Return the error for a loss that is not finite at the start. Not collective."""
-    return DataError(
-        f"the loss at the initial weights is {loss}: look for NaN in the initial weights, or for inputs or targets that are"
-        " far out of scale",
-        agreed=True,
-    )

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hpcdeq.errors import ConvergenceError
 from hpcdeq.optim.base import Recorder, Result
+from hpcdeq.optim.beginning import initial_gradient_error, initial_loss_error
 from hpcdeq.optim.stopping import ending_of, status_of, words
-from hpcdeq.optim.tao import WALL, initial_gradient_error, initial_loss_error
+from hpcdeq.optim.tao import WALL
 from hpcdeq.state import Block, Known, State, whole
 
 HISTORY = 20  # as in the preset lbfgs
@@ -165,7 +166,9 @@ class TorchLbfgs:
             self._worst = max(self._worst, loss)
             self._seen.append(_Point(x.clone(), loss, gradient))
         elif not self._seen:
-            raise initial_gradient_error() if math.isfinite(loss) else initial_loss_error(loss)
+            if math.isfinite(loss):
+                raise initial_gradient_error(self.problem, x)
+            raise initial_loss_error(self.problem, loss, x)
         else:
             self.infinite += 1
             self._seen.append(self._rejected(x))

@@ -103,7 +103,7 @@ def _measured(problem: TrainingProblem, p: Tensor, costs: np.ndarray, products: 
     if not len(costs):
         return 0.0, 0.0
     found = []
-    with _unnoticed(problem):
+    with unnoticed(problem):
         for count in sorted({min(FEW, len(costs)), min(MORE, len(costs))}):
             rows = problem.dataset.offset + np.arange(count)
             with LiveBytes() as live:
@@ -123,8 +123,8 @@ def _measured(problem: TrainingProblem, p: Tensor, costs: np.ndarray, products: 
 
 
 @contextlib.contextmanager
-def _unnoticed(problem: TrainingProblem) -> Iterator[None]:
-    """Leave counters, remembered states and random numbers as they are."""
+def unnoticed(problem: TrainingProblem) -> Iterator[None]:
+    """Leave counters, remembered states and random numbers as they are, inside a ``with`` block. Not collective."""
     guidance, accounts, device = problem.guidance, problem.accounts, problem.layout.device
     counts = dataclasses.replace(accounts.own)
     cache, guidance.cache = guidance.cache, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -80,6 +81,8 @@ class TrainingProblem:
     ----------
     phases
         Where the time goes.
+    spoilt
+        Whether the last loss, or its gradient, was not finite on some rank; the same on all.
     weight_terms, sample_terms
         The terms on the weights alone, as they are for these weights, and those on the samples' fixed points.
 
@@ -135,6 +138,7 @@ class TrainingProblem:
             self.memory_limit,
         )
         self.left_out = 0
+        self.spoilt = False
         self.accuracy = Accuracy() if adaptive and self.guidance.layers else None
 
     # ------------------------------------------------------------------------------------------------- values
@@ -349,17 +353,18 @@ class TrainingProblem:
         with self.phases.of(REDUCTION):
             return torch.from_numpy(parallel.sum_over_ranks(self.comm, own.double().cpu().numpy()))
 
-    def _summed(self, own: float, error: Exception | None) -> float:
-        """Return the sum of a value over the ranks, and learn how many samples were left out of it."""
+    def _summed(self, own: float, error: Exception | None, gradient: Tensor | None = None) -> float:
+        """Return the sum of a value over the ranks; learn how many samples were left out, and whether all is finite."""
+        whole = math.isfinite(own) and (gradient is None or math.isfinite(float(gradient.sum(dtype=torch.float64))))
         with self.phases.of(REDUCTION):
-            sums = parallel.sum_or_raise(self.comm, np.array([own, float(self.visits.left_out)]), error)
-        self.left_out = int(sums[1])
+            sums = parallel.sum_or_raise(self.comm, np.array([own, float(self.visits.left_out), not whole]), error)
+        self.left_out, self.spoilt = int(sums[1]), bool(sums[2])
         return float(sums[0])
 
     def _local_gradient(self, p: Tensor, rows: np.ndarray | None) -> tuple[float, Tensor]:
         self.guidance.foresee(p, rows)
         own, error = self._guarded(lambda: self.local.loss_and_gradient(p, rows))
-        total = self._summed(own[0] if own else 0.0, error)
+        total = self._summed(own[0] if own else 0.0, error, own[1] if own else None)
         assert own is not None
         return total, own[1]
 

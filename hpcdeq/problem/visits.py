@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcdeq.data import GraphBatch, SampleSource
-from hpcdeq.errors import ConvergenceError, OptionError
+from hpcdeq.data import Dataset, GraphBatch, SampleSource
+from hpcdeq.errors import ConvergenceError, HpcdeqError, OptionError
 from hpcdeq.problem.guidance import Guidance
 from hpcdeq.problem.parameters import ParameterLayout
 from hpcdeq.problem.phases import FORWARD, Phases
+from hpcdeq.watchdog import beat
 
 RAISE, WARN, MASK = POLICIES = ("raise", "warn", "mask")
 Result = TypeVar("Result")
@@ -135,14 +136,33 @@ class Visits:
             try:
                 with self.phases.of(FORWARD), self.guidance.batch(ids, p, chunk=number, products=products):
                     inputs, targets = self.move(*self.dataset.batch(rows))
-                    return compute(inputs, targets, ids)
+                    result = compute(inputs, targets, ids)
+                beat()
+                return result
             except ConvergenceError as error:
                 good = getattr(error.record, "converged", None)
                 if self.on_failure != MASK or good is None or len(good) != len(ids) or bool(good.all()):
                     raise
                 ids, number = [i for i, fine in zip(ids, good.tolist(), strict=True) if fine], None
                 self.left_out += int((~good).sum())
+            except HpcdeqError:
+                raise
+            except Exception as error:
+                self._blame(error, p, ids, compute)
+                raise
         return None
+
+    def _blame(self, error: Exception, p: Tensor, ids: Sequence[int], compute: Compute[Any]) -> None:
+        """Note with an error the sample that makes it, if one does so alone."""
+        for i in ids:
+            try:
+                with self.guidance.batch([i], p, cold=True):
+                    compute(*self.move(*self.dataset.batch(slice(i, i + 1))), [i])
+            except Exception as same:
+                if type(same) is type(error):
+                    named = f" ({self.dataset.ids[i]})" if isinstance(self.dataset, Dataset) else ""
+                    error.add_note(f"It is sample {self.dataset.offset + i}{named} that makes it")
+                return
 
     def move(self, inputs: Tensor | GraphBatch, targets: Tensor) -> tuple[Tensor | GraphBatch, Tensor]:
         """Return a batch in the model's precision, on its device; class numbers stay whole."""

@@ -6,6 +6,7 @@ from hpcdeq.record.energy import EnergyMeter, host_meter, job_joules
 from hpcdeq.record.evaluations import EVALUATION_COLUMNS, EvaluationWriter, Spacing
 from hpcdeq.record.interruption import Signals, seconds_left
 from hpcdeq.record.keeper import CheckpointKeeper
+from hpcdeq.record.lock import FolderLock, locked
 from hpcdeq.record.monitor import HISTORY_COLUMNS, HistoryWriter, RunDirectory, over_run, summary
 from hpcdeq.record.progress import Progress
 from hpcdeq.record.provenance import environment, fingerprint
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointWarning",
     "EnergyMeter",
     "EvaluationWriter",
+    "FolderLock",
     "HistoryWriter",
     "Progress",
     "RunDirectory",
@@ -28,6 +30,7 @@ __all__ = [
     "host_meter",
     "job_joules",
     "load_model",
+    "locked",
     "over_run",
     "read_checkpoint",
     "save_model",

@@ -13,6 +13,7 @@ from hpcdeq import parallel
 from hpcdeq.problem.resuming import WARM_BYTES
 from hpcdeq.record.checkpoint import write_checkpoint
 from hpcdeq.record.interruption import Signals
+from hpcdeq.record.space import check_space
 from hpcdeq.state import State
 
 # Without a word from the user a state is kept so often that hours are never lost, and so seldom that it costs nothing to
@@ -72,14 +73,23 @@ class CheckpointKeeper:
         self.why = ""
         self.written = 0
         now = time.monotonic()
-        self._first = first
+        self._first, self._fits = first, False
         self._deadline = None if left is None else now + left - min(ENDING, ENDING_SHARE * left)
         self._kept_at, self._kept_iteration = now, -1
         self._asked: float | None = None
         self._longest_step = self._longest_checkpoint = 0.0
 
     def __call__(self, iteration: int, state: Callable[[], State], *, last: bool) -> bool:
-        """Keep the state where it is time to; return whether the run has to end. See `hpcdeq.optim.base.Keeper`."""
+        """Keep the state where it is time to; return whether the run has to end. See `hpcdeq.optim.base.Keeper`.
+
+        Raises
+        ------
+        CheckpointError
+            It cannot be written; at the first safe point also where the disk has no room.
+        """
+        if not self._fits:
+            check_space(self.folder, state(), self.comm)
+            self._fits = True
         now = time.monotonic()
         if self._asked is not None:
             self._longest_step = max(self._longest_step, now - self._asked)

@@ -21,6 +21,7 @@ from hpcdeq.optim.base import Iterate, Result
 from hpcdeq.problem.counts import Counts, FixedPointStatistics
 from hpcdeq.problem.training import Evaluation
 from hpcdeq.record.atomic import cannot_write, cut_table, replaced
+from hpcdeq.record.lock import FolderLock
 
 HISTORY_COLUMNS = (
     "iteration",
@@ -57,9 +58,10 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.writes = False
+        self._lock: FolderLock | None = None
 
     def create(self, comm: parallel.Comm, *, resume: bool = False) -> None:
-        """Make the folder.
+        """Make the folder, and keep other jobs out of it until `release`.
 
         Collective on comm.
 
@@ -71,7 +73,7 @@ class RunDirectory:
         Raises
         ------
         UsageError
-            It holds a run already, or cannot be made or written.
+            It holds a run already, another job works in it, or it cannot be made or written.
         """
         with parallel.agreement(comm):
             if comm.rank == 0:
@@ -86,6 +88,7 @@ class RunDirectory:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.path)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
             for left in self.path.glob(".*.partial") if resume else ():  # by a process that was killed
@@ -94,6 +97,11 @@ class RunDirectory:
             raise UsageError(
                 f"the run directory {self.path} cannot be written ({error.strerror}): choose another --out"
             ) from error
+
+    def release(self) -> None:
+        """Let other jobs work in the folder. Not collective."""
+        if self._lock is not None:
+            self._lock.release()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file by an atomic replacement, on rank 0; do nothing on the others. Not collective.
