@@ -46,7 +46,8 @@ with watched(2.0):
 def test_a_hung_collective_becomes_tracebacks_of_all_ranks_and_an_end(run: Run, kind: str) -> None:
     """Inside PETSc's collectives no thread of Python's runs: the other rank has it told."""
     done = run("-c", HANG, kind, ranks=2)
-    assert done.returncode == 1
+    # Where the rank that waits inside MPI keeps Python's lock, its timer ends it, which may come first.
+    assert done.returncode in (1, 128 + signal.SIGPROF)
     assert "no progress for 2 s. It hangs, waits for another rank" in done.stderr
     for rank in (0, 1):
         assert f"in rank {rank} on " in done.stderr  # a traceback of each
