@@ -25,6 +25,9 @@ FAILED = 0.25  # factor on the radius after each of them without one
 POOR, GOOD, BEST = 0.25, 0.75, 0.9
 SHRINK, GROW, LEAP = 0.5, 2.0, 4.0
 FORCING, TIGHTEST = 0.9, 1e-6  # factor on (‖g‖ / ‖the last g‖)², and the least that is asked for
+REAL = (
+    1e-6  # of the loss: what a line search that was halted must have gained, or it may be rounding in single precision
+)
 _REGIONS = (PETSc.KSP.Type.STCG, PETSc.KSP.Type.NASH, PETSc.KSP.Type.GLTR)  # types that heed a trust region
 _NUMBERS = ("f", "iteration", "length", "reach", "before")  # of its state
 
@@ -147,7 +150,8 @@ class Newton:
         right.scale(-1.0 / self.reach)
         forcing = self._rtol
         if self.before:
-            forcing = min(forcing, max(TIGHTEST, FORCING * (g.norm() / self.before) ** 2))
+            fall = min(1.0, g.norm() / self.before)
+            forcing = min(forcing, max(TIGHTEST, FORCING * fall * fall))
         ksp.setTolerances(rtol=forcing)
         ksp.solve(right, direction)
         direction.scale(self.reach)
@@ -169,7 +173,8 @@ class Newton:
         # Near the minimum rounding hides the decrease of the loss, and the gradient still tells.
         success = ended in (searches.SUCCESS, searches.SUCCESS_USER)
         level = success and value <= f + ROUNDING * abs(f) and g.norm() < old_g.norm()
-        if math.isfinite(value) and (value < f or level):
+        gained = value < f and (success or f - value > REAL * abs(f))
+        if math.isfinite(value) and (gained or level):
             return float(value)
         old_x.copy(x)
         old_g.copy(g)
@@ -182,8 +187,8 @@ class Newton:
             return
         edge = ksp.getConvergedReason() in (reasons.CONVERGED_NEG_CURVE, reasons.CONVERGED_STEP_LENGTH)
         # s·H s / 2 is what the model's value has besides the slope.
-        bend = self.reach**2 * ksp.getCGObjectiveValue() - slope
-        model = self.length * slope + self.length**2 * bend
+        bend = self.reach * self.reach * ksp.getCGObjectiveValue() - slope
+        model = self.length * (slope + self.length * bend)
         ratio = change / model if model < 0 else 0.0
         if edge:
             self.reach *= self.length
