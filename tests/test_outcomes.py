@@ -495,7 +495,8 @@ def test_an_ending_in_words(ending: Ending, status: str, told: str) -> None:
 
 def test_single_precision_says_that_it_is_at_its_end() -> None:
     inputs, targets = samples("mse")
-    problem = TrainingProblem(explicit_model().float(), (inputs.float(), targets.float()), "mse", parallel.SELF)
+    data = (inputs.float(), targets.float())
+    problem = TrainingProblem(explicit_model().float(), data, "mse", parallel.SELF, weight_decay=1e-2)
     result = minimize(problem, "newton", 500, {"tao_gatol": 1e-12, "tao_grtol": 0.0}, raise_on_failure=False)
     assert (result.status, result.reason) == ("diverged", "DIVERGED_LS_FAILURE")
     assert "float32's rounding" in result.message and "--dtype float64" in result.message

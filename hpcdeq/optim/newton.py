@@ -190,6 +190,7 @@ class Newton:
         bend = self.reach * self.reach * ksp.getCGObjectiveValue() - slope
         model = self.length * (slope + self.length * bend)
         ratio = change / model if model < 0 else 0.0
+        # A step that was cut back begins a new radius, and may still make it grow: the line search is there to cut.
         if edge:
             self.reach *= self.length
         if ratio < POOR:
