@@ -105,23 +105,24 @@ def main(arguments: list[str]) -> int:
     sets = {split: Dataset(path, split, comm, dtype) for split in wanted}
     if not sets[options.split].count:
         raise DataError(f"{path} has no {options.split} samples: choose another --split", agreed=True)
-    directory.create(comm)
-    with parallel.agreement(comm):
-        found = Found(
-            _predictions(model, sets[options.split], int(saved.config["chunk_size"])),
-            sets[options.split].targets.numpy(),
-            {}
-            if options.no_baselines
-            else {split: (data.descriptors(), data.targets.numpy()) for split, data in sets.items()},
-        )
-    every = parallel.to_root(comm, found)
     facts = {
         "run": str(options.run),
         "iteration": saved.iteration,
         "data": str(path),
         "split": options.split,
     }
-    table = parallel.only_root(comm, lambda: _report(every, saved.model, saved.schema, facts, directory))
+    with directory:
+        directory.create(comm)
+        with parallel.agreement(comm):
+            found = Found(
+                _predictions(model, sets[options.split], int(saved.config["chunk_size"])),
+                sets[options.split].targets.numpy(),
+                {}
+                if options.no_baselines
+                else {split: (data.descriptors(), data.targets.numpy()) for split, data in sets.items()},
+            )
+        every = parallel.to_root(comm, found)
+        table = parallel.only_root(comm, lambda: _report(every, saved.model, saved.schema, facts, directory))
     if comm.rank == 0:
         print(f"{sets[options.split].count} {options.split} samples of {path}\n\n{table}\n")
         print(f"report     {directory.path / 'evaluation.md'}", flush=True)

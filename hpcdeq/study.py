@@ -183,7 +183,6 @@ class Study:
     """
 
     def __init__(self, options: argparse.Namespace, petsc: dict[str, str]) -> None:
-        from hpcdeq import parallel
         from hpcdeq.record import RunDirectory
 
         self.options = options
@@ -191,7 +190,6 @@ class Study:
         self.settings: dict[str, Any] = {}  # of hpcdeq.train, to which the choice is added
         self.case = self._case()
         self.directory = RunDirectory(options.out)
-        self.directory.create(parallel.WORLD)
 
     def _case(self) -> Case:
         import torch
@@ -227,6 +225,10 @@ class Study:
 
     def run(self) -> Crossover:
         """Measure, print what was found, and write it."""
+        with self.directory:
+            return self._measure()
+
+    def _measure(self) -> Crossover:
         import torch
 
         from hpcdeq import parallel
@@ -236,6 +238,7 @@ class Study:
         from hpcdeq.tuning import find_crossover, measure_settings, solver_of
 
         options = self.options
+        self.directory.create(parallel.WORLD)
         self._say(f"{self.case.title}, tolerance {options.tolerance:g}")
         measurement = measure_settings(
             solver_of(self.case, options.tolerance),

@@ -146,7 +146,7 @@ class Training:
         if self.meter is not None:
             self.meter.start()
         with contextlib.ExitStack() as stack:
-            stack.callback(self.directory.release)
+            stack.enter_context(self.directory)
             known = (
                 stack.enter_context(read_checkpoint(self.directory.path, self.comm)) if self.keeping.resume else None
             )

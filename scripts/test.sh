@@ -15,7 +15,7 @@ ruff format --check hpcdeq tests
 mypy
 
 echo "== tests on 1 rank"
-python -m pytest "$@" || [ $? = 5 ]
+python -m pytest -n 2 --dist loadfile "$@" || [ $? = 5 ]
 for ranks in 2 3 5; do
     echo "== tests on $ranks ranks"
     mpirun -n $ranks bash -c '

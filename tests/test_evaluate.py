@@ -367,9 +367,9 @@ def evaluated(**changes: object) -> Evaluated:
 
 
 def test_samples_without_an_answer_are_told_and_left_out(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "e")
-    directory.create(parallel.SELF)
-    printed = write_evaluation(evaluated(), directory)
+    with RunDirectory(tmp_path / "e") as directory:
+        directory.create(parallel.SELF)
+        printed = write_evaluation(evaluated(), directory)
     found = json.loads((tmp_path / "e" / "evaluation.json").read_text())
     assert (found["samples"], found["unconverged"], found["without_answer"]) == (6, 1, 2)
     assert found["scores"]["count"] == 4 and found["scores"]["accuracy"] == pytest.approx(3 / 4)
@@ -400,9 +400,11 @@ def test_samples_without_an_answer_are_told_and_left_out(tmp_path: Path) -> None
 
 
 def test_no_answer_at_all_is_a_failure(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "e")
-    directory.create(parallel.SELF)
-    with pytest.raises(HpcdeqError, match="none of the 6 samples has an answer") as caught:
+    with (
+        RunDirectory(tmp_path / "e") as directory,
+        pytest.raises(HpcdeqError, match="none of the 6 samples has an answer") as caught,
+    ):
+        directory.create(parallel.SELF)
         write_evaluation(evaluated(converged=np.zeros(6, bool)), directory)
     assert caught.value.exit_code == 1
 

@@ -169,9 +169,8 @@ def test_a_folder_in_use_is_refused_and_a_dead_owner_keeps_nothing(
 @pytest.mark.parallel([1, 2])
 def test_a_folder_is_free_after_its_run(shared_tmp_path: Path, comm: parallel.Comm) -> None:
     for _ in range(2):
-        directory = RunDirectory(shared_tmp_path / "r")
-        directory.create(comm, resume=True)
-        directory.release()
+        with RunDirectory(shared_tmp_path / "r") as directory:
+            directory.create(comm, resume=True)
         with locked(comm, shared_tmp_path / "r"):
             pass
     parallel.any_rank(comm, False)

@@ -92,10 +92,9 @@ def summary(**given: Any) -> dict[str, Any]:
 @pytest.mark.parallel([1, 2, 3])
 def test_rank_zero_alone_writes(tmp_path: Path):
     folder = Path(parallel.from_root(parallel.WORLD, str(tmp_path))) / "a" / "run"
-    run = record.RunDirectory(folder)
-    run.create(parallel.WORLD)
-    run.write_text(f"from-{parallel.WORLD.rank}.txt", "text")
-    run.release()
+    with record.RunDirectory(folder) as run:
+        run.create(parallel.WORLD)
+        run.write_text(f"from-{parallel.WORLD.rank}.txt", "text")
     parallel.any_rank(parallel.WORLD, False)  # wait for all
     assert [path.name for path in folder.iterdir()] == ["from-0.txt"]
 
@@ -131,13 +130,13 @@ def test_a_replacement_that_fails_leaves_the_former_file(tmp_path: Path):
 
 
 def test_json_has_null_for_what_is_no_number(tmp_path: Path):
-    run = record.RunDirectory(tmp_path)
-    run.create(parallel.SELF)
-    run.write_json("summary.json", {"a": math.nan, "b": [math.inf, 1.5], "c": {"d": -math.inf, "e": "NaN"}})
-    found = json.loads((tmp_path / "summary.json").read_text())
-    assert found == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": "NaN"}}
-    with pytest.raises(HpcdeqError, match="cannot write .*none/x.json"):
-        run.write_json("none/x.json", {})
+    with record.RunDirectory(tmp_path) as run:
+        run.create(parallel.SELF)
+        run.write_json("summary.json", {"a": math.nan, "b": [math.inf, 1.5], "c": {"d": -math.inf, "e": "NaN"}})
+        found = json.loads((tmp_path / "summary.json").read_text())
+        assert found == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": "NaN"}}
+        with pytest.raises(HpcdeqError, match="cannot write .*none/x.json"):
+            run.write_json("none/x.json", {})
 
 
 # ------------------------------------------------------------------------------------------ history and summary

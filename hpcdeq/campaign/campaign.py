@@ -134,12 +134,9 @@ class Campaign:
 
         embedded = self.out / f"{EMBEDDED}.h5"
         if Path(data) == embedded and not parallel.from_root(self.comm, embedded.exists()):
-            folder = RunDirectory(self.out)
-            folder.create(self.comm)
-            try:
+            with RunDirectory(self.out) as folder:
+                folder.create(self.comm)
                 prepare_burgers(embedded, EMBEDDED_SAMPLES, comm=self.comm, command=PROGRAM)
-            finally:
-                folder.release()
 
     def _check_methods(self) -> None:
         """Refuse methods that do not fit the model and the data, and let the first calls of libraries be over."""

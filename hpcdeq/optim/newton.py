@@ -21,8 +21,9 @@ from hpcdeq.state import Known, State
 
 SHIFTS = (0.0, 1e-2, 1.0)  # of the Hessian, over ‖H g‖ / ‖g‖, one after the other until there is a step
 FAILED = 0.25  # factor on the radius after each of them without one
-# Ratios of the loss's decrease to the model's, and what the radius is multiplied with beyond them.
-POOR, GOOD, BEST = 0.25, 0.75, 0.9
+# Ratios of the loss's decrease to the model's, and what the radius is multiplied with beyond them. Trust regions without a
+# line search take 0.25 and 0.75; here those made the radius shrink away where the loss has kinks (relu).
+POOR, GOOD, BEST = 0.1, 0.5, 0.9
 SHRINK, GROW, LEAP = 0.5, 2.0, 4.0
 FORCING, TIGHTEST = 0.9, 1e-6  # factor on (‖g‖ / ‖the last g‖)², and the least that is asked for
 REAL = (

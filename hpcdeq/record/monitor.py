@@ -42,7 +42,7 @@ HISTORY_COLUMNS = (
 
 
 class RunDirectory:
-    """The folder of one run.
+    """The folder of one run; at the end of a ``with`` block other jobs may have it again.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ class RunDirectory:
         self._lock: FolderLock | None = None
 
     def create(self, comm: parallel.Comm, *, resume: bool = False) -> None:
-        """Make the folder, and keep other jobs out of it until `release`.
+        """Make the folder, and keep other jobs out of it until the ``with`` block of this object ends.
 
         Collective on comm.
 
@@ -98,8 +98,12 @@ class RunDirectory:
                 f"the run directory {self.path} cannot be written ({error.strerror}): choose another --out"
             ) from error
 
-    def release(self) -> None:
-        """Let other jobs work in the folder. Not collective."""
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._lock is not None:
             self._lock.release()
 
