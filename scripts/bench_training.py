@@ -22,7 +22,7 @@ import torch
 
 import hpcdeq
 from hpcdeq.models import build_model, model_config
-from hpcdeq.train import NO_FALLBACK, TRAINING_OPTIONS
+from hpcdeq.config import NO_FALLBACK, TRAINING_OPTIONS
 
 OPTIONS = {name.removeprefix("deq_"): value for name, value in {**TRAINING_OPTIONS, **NO_FALLBACK}.items()}
 

@@ -4,13 +4,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 source scripts/activate.sh
 
+# RANKS: of mpirun. AUXILIARY: numbers of the source that are learned beside the classes, none if it is empty.
 ranks=${RANKS:-2}
 models=()
 
-# prepare KIND SOURCE OPTIONS...: the dataset, once
+# prepare KIND SOURCE AUXILIARY OPTIONS...: the dataset, once
 prepare() {
+    local beside=${AUXILIARY-$3}
     mkdir -p "$out"
-    [ -e "$out/data.h5" ] || python -m hpcdeq.prepare "$1" "$2" "${@:3}" --out "$out/data.h5"
+    [ -e "$out/data.h5" ] ||
+        python -m hpcdeq.prepare "$1" "$2" ${beside:+--auxiliary "$beside"} "${@:4}" --out "$out/data.h5"
 }
 
 # train MODEL SECONDS OPTIONS...: a run and its evaluation, once

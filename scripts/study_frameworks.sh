@@ -8,8 +8,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/study_application.sh"
 out=${2:-runs/study_frameworks}
 seconds=${3:-1200}
 
-prepare frameworks "$raw"
+prepare frameworks "$raw" ""
 for model in graph_deq graph_unrolled cgcnn; do
-    train $model "$seconds" --learning-rate 0.002 --batch-size 64 --model-settings cutoff=10.0,radial=40
+    train $model "$seconds" --learning-rate 0.002 --batch-size 64 --average 0.998 \
+        --model-settings cutoff=10.0,radial=40
 done
 finish "$raw"

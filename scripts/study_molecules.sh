@@ -9,8 +9,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/study_application.sh"
 out=${2:-runs/study_molecules}
 seconds=${3:-1200}
 
-prepare molecules "$raw" --geometry conformers --conformers 6
+prepare molecules "$raw" mu,alpha,homo,lumo,gap --geometry conformers --conformers 4
 for model in graph_deq graph_unrolled cgcnn; do
-    train $model "$seconds" --learning-rate 0.002 --batch-size 128 --model-settings dipole=16
+    train $model "$seconds" --learning-rate 0.002 --batch-size 128 --average 0.998 \
+        --model-settings dipole=16,dropout=0.1
 done
 finish "$raw"
