@@ -462,7 +462,7 @@ def test_parts_are_all_runs_once_and_a_scan_stays_together() -> None:
 )
 @pytest.mark.parallel([1, 2])
 def test_what_is_wrong_is_told_before_anything_is_run(
-    burgers: Path, shared_tmp_path: Path, arguments: str, told: str
+    burgers: Path, shared_tmp_path: Path, comm: parallel.Comm, arguments: str, told: str
 ) -> None:
     out = shared_tmp_path / "out"
     with pytest.raises(UsageError, match=re.escape(told)) as caught:
@@ -472,6 +472,7 @@ def test_what_is_wrong_is_told_before_anything_is_run(
             else [*arguments.split(), "--out", str(out)]
         )
     assert caught.value.agreed and caught.value.exit_code == 2
+    parallel.any_rank(comm, False)  # rank 0 cleans up
     assert not out.exists()
 
 

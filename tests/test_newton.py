@@ -132,11 +132,11 @@ def test_a_direction_that_is_none_is_sought_with_shifts_and_the_gradient_is_the_
         ("stcg", "CONVERGED_STEP_LENGTH", 1.0, 1.0, 8.0),
         ("gltr", "CONVERGED_NEG_CURVE", 0.5, 1.0, 4.0),
         ("stcg", "CONVERGED_STEP_LENGTH", 1.0, 0.8, 4.0),
-        ("stcg", "CONVERGED_STEP_LENGTH", 0.5, 0.5, 1.0),
-        ("stcg", "CONVERGED_STEP_LENGTH", 1.0, 0.1, 1.0),
+        ("stcg", "CONVERGED_STEP_LENGTH", 0.5, 0.4, 1.0),
+        ("stcg", "CONVERGED_STEP_LENGTH", 1.0, 0.05, 1.0),
         ("stcg", "CONVERGED_RTOL", 1.0, 1.0, 2.0),
-        ("stcg", "CONVERGED_RTOL", 0.5, 0.1, 1.0),
-        ("cg", "CONVERGED_RTOL", 0.5, 0.1, 2.0),
+        ("stcg", "CONVERGED_RTOL", 0.5, 0.05, 1.0),
+        ("cg", "CONVERGED_RTOL", 0.5, 0.05, 2.0),
     ],
 )
 def test_the_radius_follows_the_step_and_the_models_word(

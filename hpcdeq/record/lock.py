@@ -81,7 +81,7 @@ class FolderLock:
 
 @contextlib.contextmanager
 def locked(comm: parallel.Comm, folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder on rank 0 inside a ``with`` block; the folder is made if need be.
+    """Hold the lock of a folder on rank 0 inside a ``with`` block; the folder is made if need be, and removed if it stays empty.
 
     Collective on comm at the beginning.
 
@@ -90,10 +90,11 @@ def locked(comm: parallel.Comm, folder: Path) -> Iterator[None]:
     UsageError
         Another process holds it, or the folder cannot be made or written.
     """
-    lock = None
+    lock, made = None, False
     with parallel.agreement(comm):
         if comm.rank == 0:
             try:
+                made = not folder.exists()
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FolderLock(folder)
             except OSError as error:
@@ -105,6 +106,9 @@ def locked(comm: parallel.Comm, folder: Path) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
+            if made:
+                with contextlib.suppress(OSError):  # it is not empty
+                    folder.rmdir()
 
 
 def _told() -> str:
