@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import hpcdeq
-from hpcdeq.models import build_model, model_config
 from hpcdeq.config import NO_FALLBACK, TRAINING_OPTIONS
+from hpcdeq.models import build_model, model_config
 
 OPTIONS = {name.removeprefix("deq_"): value for name, value in {**TRAINING_OPTIONS, **NO_FALLBACK}.items()}
 
