@@ -11,9 +11,11 @@ inside `hpcdeq.parallel`, PETSc's reductions by PETSc's own log; none is estimat
 The model: t(P) = c W(P) + sum over collectives of (a_kind ceil(log2 P) + b_kind bytes (P - 1)/P), with W(P) the cost of the
 largest share (edges and atoms; known before anything runs), c from the evaluation on 1 rank, and a, b fitted by least squares to
 repeated collectives of several lengths on every other number of ranks that has a core a rank. Evaluations on more than 1 rank
-do not enter: all of them are held out, and stand beside what the model says. Where there are more ranks than cores the
+do not enter: all of them are held out, and stand beside what the model says. The time in collectives is that of the rank that
+comes last, in an evaluation; no overlap with work can save more. Where there are more ranks than cores the
 largest share is as long as what its core has to do; collectives then wait for the scheduler, which the model does not
-know.
+know. Beside weak scaling stands what as many jobs of 1 rank each do at the same time: cores share caches, memory and power,
+and no program can do better than that.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,6 +39,7 @@ import numpy as np
 LENGTHS = (4, 1_000, 30_000, 1_000_000)  # numbers in a collective that is timed
 KINDS = ("allreduce", "allgather", "reduce_scatter")
 PETSC_REDUCTIONS = ("VecDot", "VecTDot", "VecNorm", "VecMDot", "VecReduceComm")
+ITERATED = 300  # samples that optimisers are run on
 NODES, NEIGHBOURS = 26, 12  # of random graphs, in the mean; as crystals
 TARGET_RANKS, TARGET_WEIGHTS, TARGET_SAMPLES = 4096, 10**8, 10**6
 
@@ -129,6 +133,7 @@ def inside(asked: dict[str, Any]) -> dict[str, Any]:
     from hpcdeq.config import NO_FALLBACK, TRAINING_OPTIONS
     from hpcdeq.models import build_model, model_config
     from hpcdeq.petsc import PETSc
+    from hpcdeq.problem.phases import REDUCTION
     from hpcdeq.traffic import counted
 
     torch.set_num_threads(1)
@@ -149,7 +154,11 @@ def inside(asked: dict[str, Any]) -> dict[str, Any]:
     def evaluate() -> None:
         problem.owned_loss_and_gradient(layout.gather(block))
 
+    problem.phases.begin()
     spent = timed(comm, evaluate, asked["repeats"])
+    problem.phases.end()
+    # The rank that comes last waits for nobody: its time in collectives is theirs.
+    waiting = -parallel.max_over_ranks(comm, -problem.phases.seconds[REDUCTION]) / (asked["repeats"] + 1)
     with counted() as traffic:
         evaluate()
     found = {
@@ -157,6 +166,7 @@ def inside(asked: dict[str, Any]) -> dict[str, Any]:
         "samples": rows.count,
         "weights": layout.count,
         "seconds": statistics.median(spent),
+        "communication": waiting,
         "imbalance": rows.imbalance,
         "calls": dict(traffic.calls),
         "bytes": dict(traffic.bytes),
@@ -179,15 +189,25 @@ def inside(asked: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def started(ranks: int, asked: dict[str, Any]) -> subprocess.Popen[str]:
+    """Start this script on some ranks, wherever there are cores."""
+    command = ["mpirun", "--bind-to", "none", "-n", str(ranks), sys.executable, __file__, "--inside", json.dumps(asked)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def found_by(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Wait for a job and return what it found."""
+    out, error = process.communicate()
+    told = [line for line in out.splitlines() if line.startswith("FOUND ")]
+    if process.returncode or not told:
+        raise SystemExit(f"a job failed: {' '.join(map(str, process.args))}\n{error}")
+    return json.loads(told[0].removeprefix("FOUND "))
+
+
 def job(ranks: int, asked: dict[str, Any]) -> dict[str, Any]:
     """Run this script on some ranks and return what it found."""
-    command = ["mpirun", "-n", str(ranks), sys.executable, __file__, "--inside", json.dumps(asked)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    told = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    if done.returncode or not told:
-        raise SystemExit(f"the job on {ranks} ranks failed:\n{done.stderr}")
-    return json.loads(told[0].removeprefix("FOUND "))
+    return found_by(started(ranks, asked))
 
 
 # -------------------------------------------------------------------------------------------------------- model
@@ -260,24 +280,34 @@ def show(options: argparse.Namespace, sizes: list[int], folder: Path) -> list[di
     costs = make_data(options.data, path, options.samples)
     asked = {"path": str(path), "repeats": options.repeats}
     for ranks in sizes:
-        strong.append(job(ranks, {**asked, "iterations": options.iterations if ranks == max(sizes) else 0}))
+        strong.append(job(ranks, {**asked, "iterations": 0}))
+        told = strong[-1]
+        print(
+            f"{ranks} ranks: {told['seconds']:.3f} s, of which {1e3 * told['communication']:.2f} ms in collectives",
+            flush=True,
+        )
     base = strong[0]
+    # An iteration's collectives are as many whatever the number of samples.
+    few = min(options.samples, ITERATED)
+    make_data(options.data, folder / "few.h5", few)
+    entering = [size for size in sizes[1:] if size <= cores] or sizes[1:2]
+    iterated = job(entering[-1], {"path": str(folder / "few.h5"), "repeats": 1, "iterations": options.iterations})
     model = fitted(strong, cores)
     print(f"{options.samples} samples, {base['weights']} weights, {cores} cores; {base['seconds']:.3f} s on 1 rank\n")
     print("counted, an evaluation on a rank")
     for kind in KINDS:
         call, size = strong[-1]["calls"].get(kind, 0), strong[-1]["bytes"].get(kind, 0)
         print(f"  {kind:<16}{call:5} calls{size:12} bytes")
-    for method, told in strong[-1].get("iteration", {}).items():
+    for method, told in iterated["iteration"].items():
         steps = max(told["iterations"], 1)
         counts = ", ".join(f"{told['calls'].get(k, 0) / steps:.1f} {k}" for k in KINDS)
         size = sum(told["bytes"].get(k, 0) for k in KINDS) / steps
         print(
             f"  an iteration of {method}: {counts}, {size:.0f} bytes, {told['petsc'] / steps:.1f} reductions of PETSc's"
         )
-    entering = [str(size) for size in sizes[1:] if size <= cores] or [f"{sizes[1]}, for want of cores"]
     print(
-        f"\nfitted to collectives on {', '.join(entering)} ranks\n                      latency (us a step)   bandwidth (GB/s)"
+        f"\nfitted to collectives on {', '.join(map(str, entering))} ranks\n"
+        "                      latency (us a step)   bandwidth (GB/s)"
     )
     for kind, (latency, rate) in model.items():
         print(f"  {kind:<16}{1e6 * latency:20.1f}{1e-9 / rate if rate else float('nan'):19.2f}")
@@ -296,15 +326,23 @@ def show(options: argparse.Namespace, sizes: list[int], folder: Path) -> list[di
             + (f"{told:19.3f}{told / run['seconds'] - 1:7.0%}{note}" if ranks > 1 else "             enters")
         )
         row = {"table": "strong", "ranks": ranks, "seconds": run["seconds"], "model": told}
-        table.append(row | {"efficiency": gain / min(ranks, cores), "imbalance": run["imbalance"]})
-    print("\nweak scaling     ranks  samples  seconds  efficiency")
+        row |= {"efficiency": gain / min(ranks, cores), "imbalance": run["imbalance"]}
+        table.append(row | {"communication": run["communication"]})
+    print("\nweak scaling     ranks  samples  seconds  efficiency  of as many jobs of 1 rank at once")
     for ranks in sizes:
         count = options.samples // max(sizes) * ranks
         make_data(options.data, folder / "weak.h5", count)
-        weak.append(job(ranks, {"path": str(folder / "weak.h5"), "repeats": options.repeats, "iterations": 0}))
-        efficiency = weak[0]["seconds"] / weak[-1]["seconds"] * max(1, ranks / cores)
-        print(f"{ranks:22}{count:9}{weak[-1]['seconds']:9.3f}{efficiency:12.3f}", flush=True)
-        table.append({"table": "weak", "ranks": ranks, "samples": count, "seconds": weak[-1]["seconds"]})
+        asked = {"path": str(folder / "weak.h5"), "repeats": options.repeats, "iterations": 0}
+        weak.append(job(ranks, asked))
+        if ranks == 1:
+            shutil.copy(folder / "weak.h5", folder / "one.h5")
+        # What the machine allows: jobs that know nothing of each other share its memory and its clock all the same.
+        apart = [started(1, {**asked, "path": str(folder / "one.h5")}) for _ in range(ranks)]
+        slowest = max(found_by(process)["seconds"] for process in apart)
+        gain = [weak[0]["seconds"] / spent * max(1, ranks / cores) for spent in (weak[-1]["seconds"], slowest)]
+        print(f"{ranks:22}{count:9}{weak[-1]['seconds']:9.3f}{gain[0]:12.3f}{gain[1]:34.3f}", flush=True)
+        row = {"table": "weak", "ranks": ranks, "samples": count, "seconds": weak[-1]["seconds"]}
+        table.append(row | {"efficiency": gain[0], "apart": gain[1]})
     given = dict.fromkeys(KINDS, (options.latency, 1 / options.bandwidth))
     print(f"\nprojected: an evaluation of {TARGET_SAMPLES:.0e} samples")
     print("  network                              weights  ranks  compute (s)  communication (s)  efficiency")

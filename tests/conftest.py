@@ -19,6 +19,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "parallel(sizes): run on these numbers of ranks; without it, on one")
+    config.addinivalue_line("markers", "crowded: takes all cores for minutes; run by itself")
     config.addinivalue_line("markers", "real_data: needs the real data beside the repository")
 
 
