@@ -439,7 +439,7 @@ def damaged(bench: Bench, problem: str, ranks: int) -> float:
     if bench.random.random() < 0.5:
         del content[place:]
     else:
-        place = max(place, 512) if place > 90 else place  # the rest of the header is blank
+        place = max(place, 512) if place > 90 else place  # the rest of the header is not read
         content[place] ^= 1 << bench.random.randrange(8)
     path.write_bytes(content)
     bench.go_on(folder, problem, ranks, told=f"going on from {PREVIOUS} instead")

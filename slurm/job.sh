@@ -43,11 +43,13 @@ fact() { # NAME: what Slurm knows of this job
     timeout 20 scontrol show job "$JOB" | grep -oP "(?<= )$1=\K[^ ]*" | head -n 1 || true
 }
 
-iterations() { # DIR: how far its run has come, counted by what it could be continued from
-    local last
-    last=$([ ! -f "$1/checkpoint.h5" ] || tail -n 1 "$1/history.csv" 2>/dev/null | cut -d, -f1)
-    [[ $last =~ ^[0-9]+$ ]] || last=0
-    echo "$last"
+work() { # DIR: samples that its run has evaluated, by the header of what it could be continued from
+    local file told most=0
+    for file in "$1"/checkpoint.h5 "$1"/checkpoint-previous.h5; do
+        told=$(head -c 512 "$file" 2>/dev/null | sed -n 's/^work \([0-9][0-9]*\)$/\1/p' || true)
+        [ "${told:-0}" -le "$most" ] || most=$told
+    done
+    echo "$most"
 }
 
 given() { # OPTION VALUE...: the options whose values are there
@@ -162,7 +164,7 @@ end() { # ARGUMENTS...: of the script, which a new job gets again
         exit "$CODE"
     fi
     after=$("${MEASURE[@]}")
-    say "interrupted (exit code $CODE${SIGNAL:+, signal $SIGNAL}), at $BEFORE before and at $after now"
+    say "interrupted (exit code $CODE${SIGNAL:+, signal $SIGNAL}), $BEFORE samples evaluated before and $after now"
     # Also where it was cancelled a moment ago, with its last words on the way.
     if [ "$SIGNAL" = TERM ] || { ! $ENDED && [[ $(fact JobState) =~ CANCELLED|COMPLETING ]]; }; then
         say "cancelled: the same command goes on from there"

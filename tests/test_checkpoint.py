@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from hpcdeq import parallel
 from hpcdeq.errors import CheckpointError
@@ -98,6 +100,32 @@ def test_the_last_two_are_kept(shared_tmp_path: Path, comm: parallel.Comm) -> No
     assert names == sorted([LATEST, PREVIOUS])
     with h5py.File(shared_tmp_path / PREVIOUS) as file:
         assert file.attrs["number"] == 2
+
+
+@pytest.mark.parallel([1, 2])
+def test_scripts_read_how_far_a_run_has_come(shared_tmp_path: Path, comm: parallel.Comm) -> None:
+    """As slurm/job.sh does: within an epoch, too, and whether or not the latest file is whole."""
+    job = (ROOT / "slurm" / "job.sh").read_text()
+    start = job.index("work() {")
+    ask = f"{job[start : job.index(chr(10) + '}', start)]}\n}}\nwork '{shared_tmp_path}'"
+
+    def told() -> int:
+        parallel.any_rank(comm, False)
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", ask], capture_output=True, text=True, check=True)
+        parallel.any_rank(comm, False)
+        return int(done.stdout)
+
+    assert told() == 0
+    keeper = keeper_of(shared_tmp_path, comm, every=1)
+    for gradients in (64, 96):
+        counts = {"losses": 7, "gradients": gradients, "cell_evaluations": 10**6}
+        state: State = {"number": 1, "problem": {"counts": counts}}
+        keeper(gradients, lambda: state, last=False)  # noqa: B023
+        assert told() == 7 + gradients
+    assert numbers_in(shared_tmp_path, comm) == [1]
+    if comm.rank == 0:
+        (shared_tmp_path / LATEST).write_bytes(b"")
+    assert told() == 7 + 64
 
 
 def flip(path: Path, place: int) -> None:

@@ -1,9 +1,10 @@
 """The complete state of a run in one HDF5 file: written by rank 0 block by block, read by each rank in parts.
 
 A file begins with 512 bytes of text (HDF5's user block) that hold the SHA-256 of all that follows: what is truncated or
-damaged anywhere is refused. Root attributes: ``format = "hpcdeq-checkpoint"``, ``version``. Nested mappings are groups,
-numbers and texts their attributes, arrays their datasets; a vector that was shared out over the ranks is one dataset in rank
-order (``distributed = true``). ``checkpoint.h5`` is the latest one, ``checkpoint-previous.h5`` the one before.
+damaged anywhere is refused. A line of its own in it tells the ``work`` done so far, to scripts that read no HDF5. Root
+attributes: ``format = "hpcdeq-checkpoint"``, ``version``. Nested mappings are groups, numbers and texts their attributes, arrays
+their datasets; a vector that was shared out over the ranks is one dataset in rank order (``distributed = true``).
+``checkpoint.h5`` is the latest one, ``checkpoint-previous.h5`` the one before.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class CheckpointWarning(UserWarning):
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def write_checkpoint(folder: Path, state: State, comm: parallel.Comm) -> None:
+def write_checkpoint(folder: Path, state: State, comm: parallel.Comm, work: int = 0) -> None:
     """Write a state as the latest checkpoint of a run's folder; the one that was the latest is kept as the previous.
 
     Collective on comm. Rank 0 writes, and holds one block of another rank at a time.
@@ -48,6 +49,8 @@ def write_checkpoint(folder: Path, state: State, comm: parallel.Comm) -> None:
     ----------
     state
         The same names on all ranks, and the same values but for `Block`s.
+    work
+        A number that grows whenever the run comes further.
 
     Raises
     ------
@@ -58,7 +61,7 @@ def write_checkpoint(folder: Path, state: State, comm: parallel.Comm) -> None:
     error = None
     try:
         with replaced(path, folder / PREVIOUS) if comm.rank == 0 else contextlib.nullcontext(path) as temporary:
-            _Writer(temporary, comm).write(state)
+            _Writer(temporary, comm, work).write(state)
     except OSError as raised:
         left = "the former one is still there" if path.exists() else "there is none yet"
         error = CheckpointError(
@@ -78,11 +81,14 @@ class _Writer:
         The file, on rank 0.
     comm
         All of its ranks make one.
+    work
+        Told in the header.
     """
 
-    def __init__(self, path: Path, comm: parallel.Comm) -> None:
+    def __init__(self, path: Path, comm: parallel.Comm, work: int) -> None:
         self.path = path
         self.comm = comm
+        self.work = work
         self._file: h5py.File | None = None
         self._error: Exception | None = None
 
@@ -151,7 +157,8 @@ class _Writer:
 
     def _seal(self) -> None:
         with self.path.open("r+b") as raw:
-            raw.write((MAGIC + _digest(self.path).encode() + b"\n").ljust(HEADER, b" "))
+            told = MAGIC + f"{_digest(self.path)}\nwork {self.work}\n".encode()
+            raw.write(told.ljust(HEADER, b" "))
 
 
 def _entries(state: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

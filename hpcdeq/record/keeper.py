@@ -21,6 +21,7 @@ from hpcdeq.state import State
 SELDOMEST, OFTENEST, SHARE = 600.0, 10.0, 0.01
 # Before the wall-time limit a run needs the time of one more step between safe points, of a checkpoint, and of ending.
 LONGEST_STEPS, CHECKPOINTS = 1.5, 2.0
+WORK = ("losses", "gradients", "gauss_newton_products", "hessian_products")  # counters of samples
 ENDING, ENDING_SHARE = 30.0, 0.1
 
 
@@ -121,7 +122,11 @@ class CheckpointKeeper:
 
     def _keep(self, iteration: int, state: Callable[[], State]) -> None:
         began = time.monotonic()
-        write_checkpoint(self.folder, {**state(), **self.more()}, self.comm)
+        whole = {**state(), **self.more()}
+        counts = whole.get("problem", {}).get("counts", {})
+        # What it takes to come from one step to the next, whatever the method: an epoch may be longer than a job.
+        work = sum(counts.get(name, 0) for name in WORK)
+        write_checkpoint(self.folder, whole, self.comm, work)
         self._first = False
         self.written += 1
         self._kept_at, self._kept_iteration = time.monotonic(), iteration
