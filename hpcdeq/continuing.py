@@ -51,12 +51,12 @@ def held_in(folder: Path, given: Mapping[str, Any]) -> Held:
     Raises
     ------
     UsageError
-        A run was begun there that left no checkpoint.
+        A run has come further there, and left no checkpoint.
     """
     summary = _summary(folder / SUMMARY)
     there = any((folder / name).exists() for name in CHECKPOINTS)
-    if summary is None and not there and not _rows(folder / HISTORY):
-        return Held()
+    if summary is None and not there and _rows(folder / HISTORY) < 2:
+        return Held()  # killed between its beginning and the first checkpoint, that of iteration 0
     settings = read_config(folder / CONFIG)
     status = "" if summary is None else str(summary.get("status"))
     ended = "" if summary is None else _ended(folder, summary, {**settings, **given})

@@ -114,6 +114,11 @@ class Job:
             time.sleep(0.02)
         self.ranks = ranks_of(self.process.pid)
 
+    def must_run(self) -> None:
+        """Refuse a job that has ended before anything was done to it."""
+        if self.process.poll() is not None:
+            raise Wrong(f"the job has ended by itself, with {self.process.poll()}:\n{self.told()}")
+
     def end(self) -> tuple[int, float]:
         """Wait until no process is left; return the launcher's exit code, and the seconds that it took."""
         began = time.monotonic()
@@ -215,7 +220,8 @@ class Bench:
         program = ["-c", SABOTAGE, *sabotage] if sabotage else ["-m", "hpcdeq.train"]
         path = data if data.startswith("/") else str(self.root / data)
         command = ["mpirun", "--bind-to", "none", "-n", str(ranks), sys.executable, *program]
-        command += ["--data", path, "--model", model, *settings, "--out", str(folder), "--quiet", *more]
+        # As a job that may be begun anew has to be: --resume begins a run, too, with a checkpoint before the first step.
+        command += ["--data", path, "--model", model, *settings, "--out", str(folder), "--resume", "--quiet", *more]
         log = folder.with_suffix(f".{time.monotonic_ns()}.log")
         with log.open("w") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment())
@@ -241,7 +247,7 @@ class Bench:
         self, folder: Path, problem: str, ranks: int, data: str = "b.h5", told: str = "", *, exact: bool = True
     ) -> None:
         """Go on with a run to its end, and compare it with an undisturbed one; not exact: up to rounding."""
-        job = self.start(folder, problem, ranks, "--resume", data=data)
+        job = self.start(folder, problem, ranks, data=data)
         code, _ = job.end()
         if code:
             raise Wrong(f"--resume ended with {code}:\n{job.told()}")
@@ -293,6 +299,7 @@ def killed(bench: Bench, problem: str, ranks: int, victim: str, data: str = "b.h
     job.wait_for_rows(bench.moment(problem))
     time.sleep(bench.random.uniform(0.0, 0.2))
     before = latest(folder)
+    job.must_run()
     os.kill(job.process.pid if victim == "launcher" else bench.random.choice(job.ranks), signal.SIGKILL)
     at_once = victim == "launcher" and bench.random.random() < 0.5
     if at_once:  # the next job waits for the ranks that are left
@@ -385,6 +392,7 @@ def disk_full(bench: Bench, problem: str, ranks: int) -> float:
         job = bench.start(folder, problem, ranks)
         job.wait_for_rows(bench.moment(problem))
         before = latest(folder)
+        job.must_run()
         fill(job.ranks[0])
         code, seconds = job.end()
         expect(job, code, (1,))
@@ -465,6 +473,7 @@ def stopped(bench: Bench, problem: str, ranks: int) -> float:
     job = bench.start(folder, problem, ranks, "--hang-seconds", "8")
     job.wait_for_rows(bench.moment(problem))
     before = latest(folder)
+    job.must_run()
     os.kill(bench.random.choice(job.ranks), signal.SIGSTOP)
     code, seconds = job.end()
     expect(job, code, KILLED)
@@ -480,7 +489,7 @@ def in_use(bench: Bench, problem: str, ranks: int) -> float:
     folder = bench.folder()
     job = bench.start(folder, problem, ranks, "--max-iterations", "1000000")
     job.wait_for_rows(2)
-    other = bench.start(folder, problem, ranks, "--resume", "--max-iterations", "1000000")
+    other = bench.start(folder, problem, ranks, "--max-iterations", "1000000")
     code, seconds = other.end()
     expect(other, code, (2,), (f"{folder} is in use by process",))
     os.kill(job.ranks[0], signal.SIGKILL)

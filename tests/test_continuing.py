@@ -165,8 +165,13 @@ def test_a_run_without_a_checkpoint_says_what_to_type(tmp_path: Path, common: li
     with pytest.raises(UsageError, match="holds a run without a checkpoint to go on from: remove .* to begin again"):
         main([*command, "--resume"])
     lines = (folder / "history.csv").read_text().splitlines()
-    (folder / "history.csv").write_text(lines[0] + "\n")  # stopped before its first iterate: nothing is lost
-    assert main([*command, "--resume"]) == 0
+    for left in (1, 2):  # stopped before its first checkpoint: nothing is lost
+        (folder / "history.csv").write_text("\n".join(lines[:left]) + "\n")
+        for name in (LATEST, PREVIOUS, "summary.json"):
+            (folder / name).unlink(missing_ok=True)
+        assert main([*command, "--resume"]) == 0
+        told = (folder / "history.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in told] == ["iteration", "0", "1", "2"]
     with pytest.raises(HpcdeqError, match=r"give it, with --out DIR"):
         main([*common, "--resume"])
 

@@ -11,6 +11,7 @@ from hpcdeq.deq import FixedPoint, solve_fixed_point
 from hpcdeq.models import build_model, model_config
 from hpcdeq.optim import minimize
 from hpcdeq.problem import TrainingProblem
+from hpcdeq.problem.randomness import random_state, set_random_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -46,6 +47,17 @@ def test_gradients(options: dict) -> None:
     moved = x.detach().cuda().requires_grad_()
     (found,) = torch.autograd.grad((FixedPoint(cell.cuda(), options=options)(moved) * weight.cuda()).sum(), moved)
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-7)
+
+
+def test_random_numbers_of_a_checkpoint() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    kept = random_state(gpu)
+    drawn = torch.rand(5), torch.rand(5, device=gpu)
+    set_random_state(kept, gpu)
+    again = torch.rand(5), torch.rand(5, device=gpu)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, again, strict=True))
+    set_random_state(kept, cpu)  # a run that goes on without the GPU
+    assert torch.equal(torch.rand(5), drawn[0])
 
 
 def test_training() -> None:

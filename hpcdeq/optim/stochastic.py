@@ -279,7 +279,6 @@ class MinibatchRun:
             "rate": self._rate,
             "losses": np.array(self._losses),
             "squares": Block(np.array([self._squares])),  # each rank's own sum: they are added at the end of the epoch
-            "random": Block(torch.get_rng_state().numpy()) if self._random else None,  # each rank's own
             **{name: Block(vector.numpy()) for name, vector in self._vectors().items()},
         }
 
@@ -304,13 +303,10 @@ class MinibatchRun:
         for name, vector in self._vectors().items():
             vector.copy_(torch.from_numpy(known[name][layout.owned]))
         self._x = self._whole(self._block)
-        if self._random:
-            size = len(torch.get_rng_state())
-            states = whole(known["random"])
-            if len(states) == size * comm.size:
-                torch.set_rng_state(torch.from_numpy(states[size * comm.rank : size * (comm.rank + 1)].copy()))
-            else:  # there were more or fewer ranks
-                self._seed(self._steps)
+        if (
+            self._random and len(squares) != comm.size
+        ):  # there were more or fewer ranks, whose random numbers are not these
+            self._seed(self._steps)
 
     def _take_epoch(self) -> Result | None:
         """Take the steps of an epoch and record where they end; return a result if the run ends with them."""

@@ -10,6 +10,7 @@ import torch
 
 from hpcdeq import parallel
 from hpcdeq.problem.phases import PHASES
+from hpcdeq.problem.randomness import random_state, set_random_state
 from hpcdeq.problem.training import TrainingProblem
 from hpcdeq.state import Block, Known, State, own_share, rows_of, table
 
@@ -41,7 +42,7 @@ def problem_state(problem: TrainingProblem, warm_bytes: int = WARM_BYTES) -> Sta
         "left_out": problem.left_out,
         "amplification": parallel.max_over_ranks(comm, max(grown, default=0.0)),
         "accuracy": None if problem.accuracy is None else problem.accuracy.state(),
-        "random": Block(torch.get_rng_state().numpy()),
+        "random": Block(random_state(problem.layout.device)),
         "buffers": Block(_buffers(problem)),
         "warm": _warm_state(problem, warm_bytes),
     }
@@ -65,7 +66,7 @@ def restore_problem(problem: TrainingProblem, known: Known) -> list[str]:
     ranks = int(known["ranks"]) if known["ranks"] == comm.size else 0
     random = own_share(known["random"], comm.rank, ranks)
     if random is not None:
-        torch.set_rng_state(torch.from_numpy(random.copy()))
+        set_random_state(random, problem.layout.device)
     buffers = own_share(known["buffers"], comm.rank, ranks)
     if buffers is not None:
         _set_buffers(problem, buffers)
