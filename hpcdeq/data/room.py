@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import h5py
 import numpy as np
 
@@ -64,12 +66,21 @@ def inputs_of(file: h5py.File) -> dict[str, tuple[str, np.dtype]]:
     }
 
 
-def lengths_of(file: h5py.File, start: int, stop: int) -> dict[str, int]:
-    """Return how many rows of each dataset the samples ``start`` to ``stop - 1`` have. Not collective."""
+def lengths_of(file: h5py.File, inputs: Mapping[str, tuple[str, np.dtype]], start: int, stop: int) -> dict[str, int]:
+    """Return how many rows of each dataset the samples ``start`` to ``stop - 1`` have.
+
+    Not collective.
+
+    Parameters
+    ----------
+    inputs
+        The datasets, as `inputs_of` gives them.
+    """
     found = {}
-    for name, (offset, _) in inputs_of(file).items():
+    ends = {offset: [int(file[offset][row]) for row in (start, stop)] for offset, _ in inputs.values() if offset}
+    for name, (offset, _) in inputs.items():
         if offset:  # which is not checked yet
-            first, last = (min(max(int(file[offset][row]), 0), file[name].shape[0]) for row in (start, stop))
+            first, last = (min(max(end, 0), file[name].shape[0]) for end in ends[offset])
             found[name] = max(last - first, 0)
         else:
             found[name] = stop - start

@@ -116,10 +116,11 @@ class Shards:
         types = None
         for path, window in windows:
             with open_dataset(path) as file, reading(path):
-                types = types or inputs_of(file)
-                if inputs_of(file) != types:
+                own = inputs_of(file)
+                types = types or own
+                if own != types:
                     return None
-                for name, length in lengths_of(file, int(window[0]), int(window[-1]) + 1).items():
+                for name, length in lengths_of(file, own, int(window[0]), int(window[-1]) + 1).items():
                     lengths[name] = lengths.get(name, 0) + length
         with open_dataset(windows[0][0]) as file:
             return Room(lengths, file)

@@ -18,7 +18,7 @@ from hpcdeq.data.rows import SampleRows, check_rows
 from hpcdeq.data.schema import AUXILIARY, FORMAT, SPLITS, VERSION, Schema
 from hpcdeq.errors import DataError
 
-CHUNK_BYTES = 1 << 18
+CHUNK_BYTES = 1 << 20  # fewer are read slowly, more leave small files large
 TEXT = h5py.string_dtype("utf-8")
 
 
