@@ -33,9 +33,10 @@ from hpcdeq.methods import MINIBATCH
 from hpcdeq.models import build_model, model_config
 from hpcdeq.optim import Result, minimize
 from hpcdeq.parallel import Comm
-from hpcdeq.problem import LOSSES, TrainingProblem, rebalancing
+from hpcdeq.problem import LOSSES, JacobianPenalty, Phases, Rebalancing, TrainingProblem, rebalancing
 from hpcdeq.problem.auxiliary import AuxiliarySource, WithAuxiliary, standardisation
-from hpcdeq.problem.rebalancing import Rebalancing, move_shares, rebalance
+from hpcdeq.problem.phases import PHASES
+from hpcdeq.problem.rebalancing import move_shares, rebalance
 from hpcdeq.record import read_checkpoint
 from hpcdeq.train import main
 
@@ -224,7 +225,7 @@ def values(problem: TrainingProblem, p: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["array", "graph", "auxiliary"])
 def test_moved_shares_change_no_value_and_no_derivative(shared_tmp_path: Path, comm: Comm, kind: str) -> None:
     path = shared_tmp_path / "data.h5"
-    problem = problem_on(path, kind, comm)
+    problem = problem_on(path, kind, comm, terms=[JacobianPenalty(0.5)])  # its probes follow the samples' numbers
     p = problem.initial()
     before, alone = values(problem, p), Dataset(path, "train", parallel.SELF)
     for samples in (2, -4, 1):
@@ -329,6 +330,21 @@ def test_shares_move_where_ranks_differ_by_more_than_a_tenth(shared_tmp_path: Pa
     assert move.foretold == pytest.approx(shares.max() / shares.mean(), rel=1e-9) and move.foretold < 1.2
     assert str(move) == f"shares moved: imbalance {move.before:.2f} before, about {move.foretold:.2f} foretold"
     assert numbers[1] < lengths[0] and parallel.counts_of_ranks(comm, len(data)) == np.diff(numbers).tolist()
+
+
+def test_busy_is_who_works_on_samples_and_waits_for_nobody() -> None:
+    now = 0.0
+    phases = Phases(lambda: now)
+    phases.begin()
+    for number, name in enumerate(PHASES):
+        with phases.of(name):
+            now += 2.0**number
+    now += 0.5
+    names = ("forward", "adjoint", "tangent", "transposed", "hessian")
+    assert phases.busy() == sum(2.0 ** PHASES.index(name) for name in names)
+    with phases.of("tangent"):
+        now += 1000.0
+        assert phases.busy() > 1000.0  # a phase that is still open counts up to now
 
 
 @pytest.mark.parallel([2, 3])
