@@ -641,6 +641,8 @@ def test_a_state_gives_its_shares_to_as_many_ranks_and_warm_states_to_whom_they_
     assert data_of(again).boundaries.numbers.tolist() == moved
     assert without_clock(rest) == without_clock(expected)  # the shares are the same, and so is every bit
     assert torch.equal(rest.x, expected.x)
+    Rebalancing(again, 1).restore({"ranks": comm.size})  # of a checkpoint whose shares were never moved, or an old one
+    assert data_of(again).boundaries.numbers.tolist() == moved
     strange = {"ranks": comm.size, "boundaries": np.linspace(0, TRAINING + 1, comm.size + 1).astype(np.int64)}
     with pytest.raises(DataError, match="have no shares that begin at"):
         Rebalancing(problem, 1).restore(strange)
