@@ -88,6 +88,10 @@ class TrainConfig:
         Samples that a rank works on together; None: 512, of graphs as many as have 16,384 edges.
     memory_per_rank
         GiB that a rank may hold: chunks are made smaller where they need more; None: no bound.
+    rebalance
+        Iterations (of methods on minibatches: epochs) after which ranks compare how long they were busy, and samples move to
+        other ranks where some are slower (`hpcdeq.problem.rebalancing`): the run then repeats itself to rounding, not to the
+        last bit. None: they stay.
     on_failure
         What becomes of samples whose fixed point is not found: ``raise``, ``warn`` or ``mask``.
     warm_start
@@ -123,6 +127,7 @@ class TrainConfig:
     device: str = "cpu"
     chunk_size: int | None = None
     memory_per_rank: float | None = None
+    rebalance: int | None = None
     on_failure: str = "raise"
     warm_start: bool = True
     adaptive: bool = True
@@ -136,7 +141,8 @@ class TrainConfig:
         ):
             if getattr(self, name) not in valid:
                 raise OptionError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(valid)}")
-        for name, least in (("max_iterations", 0), ("chunk_size", 1), ("batch_size", 1), ("seed", 0)):
+        whole = {"max_iterations": 0, "chunk_size": 1, "batch_size": 1, "seed": 0, "rebalance": 1}
+        for name, least in whole.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise OptionError(f"{name} is {value}: give {least} or more")

@@ -104,6 +104,13 @@ def add_settings(parser: CommandParser) -> None:
         metavar="GIB",
         help="a rank holds no more: samples worked on together become fewer where they need more (default: no bound)",
     )
+    parser.add_argument(
+        "--rebalance",
+        type=int,
+        metavar="N",
+        help="every N iterations, move samples from ranks that are slower than their cost says to others (default: they stay)."
+        " The run follows the clock then: a repeat of it is equal to rounding only, not bit for bit",
+    )
     parser.add_argument("--dtype", metavar="float32|float64", help="default float64")
     parser.add_argument("--device", metavar="cpu|cuda", help="default cpu")
     parser.add_argument(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -310,6 +311,8 @@ def launch(main: Callable[[list[str]], int | None], arguments: list[str]) -> Non
             sys.stdout.flush()
             sys.stderr.flush()
             WORLD.Abort(code)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # what would be stopped has ended, and has a code of its own
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)

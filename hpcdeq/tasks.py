@@ -25,7 +25,7 @@ from hpcdeq.optim import resolved_options
 from hpcdeq.optim.sampling import Sampling
 from hpcdeq.optim.stochastic import MinibatchSettings
 from hpcdeq.problem import L1, LOSSES, CrossEntropy, JacobianPenalty, Loss, TrainingProblem
-from hpcdeq.problem.auxiliary import AuxiliarySource, WithAuxiliary, standardised
+from hpcdeq.problem.auxiliary import AuxiliarySource, WithAuxiliary, standardisation
 from hpcdeq.problem.chunks import GIB, fitting_chunk_size
 from hpcdeq.problem.terms import Term
 
@@ -117,8 +117,9 @@ def make_problem(config: TrainConfig, train: Dataset, comm: parallel.Comm) -> tu
         loss = CrossEntropy(config.label_smoothing)
     samples: SampleSource = train
     if config.auxiliary_weight:
-        numbers = standardised(train.auxiliary, comm)
-        samples, loss = AuxiliarySource(train, numbers), WithAuxiliary(loss, numbers.shape[1], config.auxiliary_weight)
+        standard = standardisation(train.auxiliary, comm)
+        samples = AuxiliarySource(train, standard(train.auxiliary), lambda: standard(train.auxiliary))
+        loss = WithAuxiliary(loss, train.auxiliary.shape[1], config.auxiliary_weight)
     terms: list[Term] = [L1(config.l1)] if config.l1 else []
     terms += [JacobianPenalty(config.jacobian_penalty)] if config.jacobian_penalty else []
     problem = TrainingProblem(

@@ -129,13 +129,15 @@ def exit_code(status: str) -> int:
 def check(config: TrainConfig) -> None:
     """Refuse names and PETSc options that do not exist, before anything is made. Not collective."""
     from hpcdeq.models import model_config
-    from hpcdeq.optim.presets import preset_of
+    from hpcdeq.optim.presets import check_rebalancing, preset_of
     from hpcdeq.petsc.options import check_types
     from hpcdeq.petsc.vocabulary import check_options
 
     check_options([f"-{name}" for name in config.petsc], PREFIXES)
     check_types(config.petsc)
     preset_of(config.optimizer)
+    if config.rebalance is not None:
+        check_rebalancing(config.optimizer)
     if config.model:
         model_config(config.model, config.model_settings)
 

@@ -198,6 +198,7 @@ class Training:
 
     def _minimize(self, known: Known | None) -> Result:
         from hpcdeq.optim import minimize
+        from hpcdeq.problem.rebalancing import Rebalancing
         from hpcdeq.record import CheckpointKeeper, seconds_left
         from hpcdeq.tasks import minibatch_settings, sampling_of
 
@@ -214,6 +215,10 @@ class Training:
             left=left,
             warm_bytes=int(keeping.cache_mebibytes * 2**20),
         )
+        rebalancing = None
+        if self.config.rebalance is not None:
+            bounded = self.config.memory_per_rank is not None
+            rebalancing = Rebalancing(self.problem, self.config.rebalance, lambda m: self._say(str(m)), bounded=bounded)
         return minimize(
             self.problem,
             self.config.optimizer,
@@ -226,6 +231,7 @@ class Training:
             raise_on_failure=False,
             keeper=keeper,
             resume=known,
+            rebalancing=rebalancing,
         )
 
     def _state(self) -> State:

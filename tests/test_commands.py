@@ -245,6 +245,7 @@ FULL = TrainConfig(
     average=0.875,
     auxiliary_weight=0.0625,
     memory_per_rank=1.5,
+    rebalance=3,
     weight_decay=1e-300,
     l1=0.5,
     label_smoothing=0.125,

@@ -13,9 +13,9 @@ from hpcdeq import parallel
 from hpcdeq.data.batches import GraphBatch, Inputs, RowsLike, graph_arrays, graph_batch, numpy_rows, taken
 from hpcdeq.data.descriptors import descriptors_of
 from hpcdeq.data.graphs import GraphArrays
-from hpcdeq.data.rows import HEAVIEST
+from hpcdeq.data.rows import HEAVIEST, SampleRows
 from hpcdeq.data.schema import SPLITS, Schema
-from hpcdeq.data.shares import Shares, sample_costs
+from hpcdeq.data.shares import Boundaries, Recut, Shares, sample_costs
 from hpcdeq.errors import DataError
 
 DESCRIBED = 1024  # samples whose descriptors are computed together, which bounds the memory
@@ -51,8 +51,8 @@ class Dataset:
         See `hpcdeq.data.batches.SampleSource`; ``count`` is the split's.
     auxiliary
         ``(b, A)`` numbers that may be learned beside the targets; NaN where a sample has none.
-    imbalance
-        Largest cost of a rank's share over their mean.
+    boundaries
+        Where the ranks' shares begin.
     usual_chunk_size
         Samples that are best worked on together.
 
@@ -76,27 +76,70 @@ class Dataset:
                 raise DataError(f"no split '{split}'; splits are {', '.join(SPLITS)}")
         shares = path if isinstance(path, Shares) else Shares(Path(path), comm)
         self.path = shares.path
-        number = SPLITS.index(split)
-        with parallel.agreement(comm):
-            self._rows = shares.rows(number)
-            samples = shares.shards.read(self._rows, names=False)
-        self._shards = shares.shards
-        self.schema: Schema = self._shards.schema
-        self.usual_chunk_size = self._shards.usual_chunk_size
+        self._shares, self._comm, self._number = shares, comm, SPLITS.index(split)
+        self.schema: Schema = shares.shards.schema
+        self.usual_chunk_size = shares.shards.usual_chunk_size
         self.task = self.schema.task
         self.input_shape = self.schema.sample_shape
         self.output_size = self.schema.output_size
-        self.auxiliary = torch.from_numpy(samples.auxiliary).to(dtype)
-        self.count = int(shares.of[number].numbers[-1])
-        self.offset = shares.own(number).start
-        self.imbalance = shares.of[number].imbalance
+        self.count = int(shares.of[self._number].numbers[-1])
+        self.move(shares.of[self._number])
+
+    def move(self, boundaries: Boundaries) -> None:
+        """Take the samples of a share of other boundaries: this rank reads its rows, and none besides.
+
+        Collective on comm. Until they are read it holds its former samples, and if any rank fails all keep them. Samples keep
+        their global numbers.
+
+        Raises
+        ------
+        DataError
+            What is read is damaged; on all ranks.
+        """
+        with parallel.agreement(self._comm):
+            rows = self._shares.rows(self._number, boundaries)
+            samples = self._shares.shards.read(rows, names=False)
+        self._take(boundaries, rows, samples)
+
+    def recut(self, seconds: np.ndarray) -> Recut:
+        """Return shares that take nearly equal time, for `move`; see `hpcdeq.data.shares.recut`.
+
+        Collective on comm.
+
+        Parameters
+        ----------
+        seconds
+            ``(ranks,)`` time that each rank was busy with its present share; not all zero.
+        """
+        return self._shares.recut(self._number, self.boundaries, seconds)
+
+    def boundaries_at(self, numbers: np.ndarray) -> Boundaries:
+        """Return shares that begin at given samples, ``(ranks + 1,)``, for `move`. Collective on comm."""
+        return self._shares.at(self._number, numbers)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the shares are others than those by cost."""
+        return not np.array_equal(self.boundaries.numbers, self._shares.of[self._number].numbers)
+
+    @property
+    def imbalance(self) -> float:
+        """Largest cost of a rank's share over their mean."""
+        return self.boundaries.imbalance
+
+    def _take(self, boundaries: Boundaries, rows: np.ndarray, samples: SampleRows) -> None:
+        self.boundaries = boundaries
+        self.offset = self._shares.own(boundaries).start
+        self._rows = rows
+        self.auxiliary = torch.from_numpy(samples.auxiliary).to(self.dtype)
         targets = torch.from_numpy(samples.targets)
-        self.targets = targets if self.task == "classification" else targets.to(dtype)
+        self.targets = targets if self.task == "classification" else targets.to(self.dtype)
         self._inputs: GraphArrays | torch.Tensor
         if isinstance(samples.inputs, GraphArrays):
             self._inputs = samples.inputs
         else:
-            self._inputs = torch.from_numpy(samples.inputs).to(dtype)
+            self._inputs = torch.from_numpy(samples.inputs).to(self.dtype)
+        self.__dict__.pop("ids", None)  # those of the former samples, where they were asked for
 
     def __len__(self) -> int:
         """Return the number of samples of this rank. Not collective."""
@@ -112,7 +155,7 @@ class Dataset:
     @cached_property
     def ids(self) -> list[str]:
         """This rank's sample names, read when they are first asked for."""
-        return self._shards.names(self._rows)
+        return self._shares.shards.names(self._rows)
 
     def batch(self, rows: RowsLike) -> tuple[Inputs, torch.Tensor]:
         """Return inputs and targets of some of this rank's samples.

@@ -103,6 +103,15 @@ class StateCache:
         self.bytes += chunk.value.numel() * chunk.value.element_size()
         self._places.setdefault(key, {}).update({name: (chunk, i) for i, name in enumerate(rows)})
 
+    def renumber(self, first: int, count: int) -> None:
+        """Give every sample another number: ``first`` becomes 0; those that do not fall below ``count`` then are forgotten."""
+        for key, places in self._places.items():
+            for name in [name for name in places if not first <= name < first + count]:
+                self._forget(places, name)
+            for chunk in {id(chunk): chunk for chunk, _ in places.values()}.values():
+                chunk.ids = tuple(name - first for name in chunk.ids)
+            self._places[key] = {name - first: place for name, place in places.items()}
+
     def clear(self) -> None:
         """Forget everything."""
         self._places.clear()

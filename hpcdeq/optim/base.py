@@ -16,6 +16,7 @@ from hpcdeq.errors import OptionError
 from hpcdeq.problem import TrainingProblem
 from hpcdeq.problem.counts import Counts, FixedPointStatistics
 from hpcdeq.problem.phases import RECORD
+from hpcdeq.problem.rebalancing import Rebalancing
 from hpcdeq.problem.resuming import problem_state, restore_problem
 from hpcdeq.state import Block, Known, State, whole
 
@@ -140,6 +141,7 @@ class Recorder:
     keeper: Keeper | None = None
     method: str = ""
     notes: list[str] = field(default_factory=list)  # what a run that was resumed could not take over
+    rebalancing: Rebalancing | None = None
 
     def seconds(self) -> float:
         """Return rank 0's wall time of the optimisation itself: what callbacks take is left out.
@@ -177,7 +179,9 @@ class Recorder:
         return self.last
 
     def safe_point(self, own: Callable[[], State], *, last: bool = False) -> bool:
-        """Let the state be kept where it is time to; return whether the run has to end. Collective on the problem's comm.
+        """Let shares be moved and the state be kept where it is time to; return whether the run has to end.
+
+        Collective on the problem's comm.
 
         Parameters
         ----------
@@ -186,6 +190,8 @@ class Recorder:
         last
             See `Keeper`.
         """
+        if self.rebalancing is not None and self.last is not None and not last:
+            self.rebalancing.look(self.last.iteration)
         if self.keeper is None or self.last is None:
             return False
         keeper, since = self.keeper, time.perf_counter()

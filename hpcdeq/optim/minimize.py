@@ -13,7 +13,7 @@ from hpcdeq import parallel
 from hpcdeq.errors import ConvergenceError, DataError, OptionError
 from hpcdeq.methods import GROWING, METHODS, MINIBATCH, TORCH_LBFGS
 from hpcdeq.optim.base import BUDGET, DIVERGED, INTERRUPTED, Callback, Keeper, Recorder, Result
-from hpcdeq.optim.presets import GAUSS_NEWTON, HESSIAN, Preset, preset_of, resolved_options
+from hpcdeq.optim.presets import GAUSS_NEWTON, HESSIAN, Preset, check_rebalancing, preset_of, resolved_options
 from hpcdeq.optim.sampling import Sampling
 from hpcdeq.optim.stochastic import MinibatchRun, MinibatchSettings
 from hpcdeq.optim.tao import TaoRun
@@ -24,6 +24,7 @@ from hpcdeq.problem import LeastSquares, TrainingProblem
 from hpcdeq.problem.branches import elsewhere
 from hpcdeq.problem.determinism import nondeterminism
 from hpcdeq.problem.randomness import random_layer
+from hpcdeq.problem.rebalancing import Rebalancing
 from hpcdeq.state import Known
 from hpcdeq.watchdog import hang_seconds, watched
 
@@ -45,6 +46,7 @@ def minimize(
     raise_on_failure: bool = True,
     keeper: Keeper | None = None,
     resume: Known | None = None,
+    rebalancing: Rebalancing | None = None,
 ) -> Result:
     """Minimise a training problem.
 
@@ -80,6 +82,9 @@ def minimize(
     resume
         A state to go on from, as a keeper was given it and `hpcdeq.record.read_checkpoint` has read it; everything else as
         it was, but for the bounds.
+    rebalancing
+        Moves samples between ranks where some turn out slower than others. A repeat of the run is then equal to rounding, and
+        not to the last bit.
 
     Raises
     ------
@@ -92,6 +97,8 @@ def minimize(
     """
     with parallel.agreement(problem.comm):
         _check(problem, method, max_iterations, options, minibatch)
+        if rebalancing is not None:
+            check_rebalancing(method)
         preset = _preset(method, sampling, curvature)
         patience = hang_seconds()
     x0 = problem.initial() if initial is None else initial.detach()
@@ -99,14 +106,18 @@ def minimize(
         _check_initial(problem, x0)
         if method not in MINIBATCH:
             _check_determinism(problem, method, x0)
-    recorder = Recorder(problem, callback, max_seconds, keeper=keeper, method=method)
+    recorder = Recorder(problem, callback, max_seconds, keeper=keeper, method=method, rebalancing=rebalancing)
     problem.begin(noisy=method in MINIBATCH)
     known = None if resume is None else resume["method"]
     with watched(patience), contextlib.ExitStack() as stack:
         stack.callback(problem.end)
         if resume is not None:
+            if rebalancing is not None:  # first: what is remembered of samples goes to those who have them
+                rebalancing.restore(resume["problem"])
             with parallel.agreement(problem.comm):
                 recorder.restore(resume, x0)
+        if rebalancing is not None:
+            rebalancing.begin(0 if recorder.last is None else recorder.last.iteration)
         if method in MINIBATCH:
             result = MinibatchRun(recorder, method, minibatch or MinibatchSettings()).minimize(
                 x0, max_iterations, known

@@ -124,6 +124,23 @@ def preset_of(method: str) -> Preset:
     raise OptionError(f"unknown optimizer {method!r}: {hint}")
 
 
+def check_rebalancing(method: str) -> None:
+    """Refuse a method that cannot go on when samples move to other ranks.
+
+    Not collective.
+
+    Raises
+    ------
+    OptionError
+        It keeps vectors that lie with the samples.
+    """
+    if preset_of(method).least_squares:
+        raise OptionError(
+            f"--rebalance moves samples between ranks, and {method} keeps residuals where its samples are: leave it out, or use"
+            " another optimizer (trgn takes any loss)"
+        )
+
+
 def resolved_options(method: str, options: Mapping[str, Value] | None = None) -> dict[str, Value]:
     """Return the PETSc options that a method runs with, the given ones in place of the preset's. Not collective."""
     return {**preset_of(method).options, **{name.lstrip("-"): value for name, value in (options or {}).items()}}

@@ -5,6 +5,8 @@ In training the model gives them behind its outputs; in application (``model.eva
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,10 @@ from hpcdeq.errors import ShapeError
 from hpcdeq.problem.losses import Loss
 
 
-def standardised(numbers: Tensor, comm: parallel.Comm) -> Tensor:
-    """Return columns of numbers less their means, over their standard deviations, both of all ranks' rows.
+def standardisation(numbers: Tensor, comm: parallel.Comm) -> Callable[[Tensor], Tensor]:
+    """Return a map of rows of numbers to the same less their means, over their standard deviations, both of all ranks' rows.
 
-    Collective on comm.
+    Collective on comm; the map is not.
 
     Parameters
     ----------
@@ -27,7 +29,13 @@ def standardised(numbers: Tensor, comm: parallel.Comm) -> Tensor:
         This rank's ``(b, A)`` rows; NaN is not known, and stays. A column that is always the same becomes zeros.
     """
     mean, deviation = column_statistics(numbers, comm)
-    return ((numbers.double() - mean) / torch.where(deviation > 0, deviation, 1.0)).to(numbers)
+    scale = torch.where(deviation > 0, deviation, 1.0)
+    return lambda rows: ((rows.double() - mean) / scale).to(rows)
+
+
+def standardised(numbers: Tensor, comm: parallel.Comm) -> Tensor:
+    """Return numbers as their own `standardisation` maps them. Collective on comm."""
+    return standardisation(numbers, comm)(numbers)
 
 
 class AuxiliarySource:
@@ -41,6 +49,8 @@ class AuxiliarySource:
         The samples.
     numbers
         This rank's ``(b, A)`` numbers, NaN where they are not known.
+    again
+        Returns them anew once the source has other samples; None: it never has.
 
     Attributes
     ----------
@@ -50,10 +60,21 @@ class AuxiliarySource:
         ``(b, T + A)`` floating numbers: the source's targets (a class number counts as T = 1), then the others.
     """
 
-    def __init__(self, source: SampleSource, numbers: Tensor) -> None:
+    def __init__(self, source: SampleSource, numbers: Tensor, again: Callable[[], Tensor] | None = None) -> None:
         self.source = source
-        self.task, self.count, self.offset = source.task, source.count, source.offset
+        self.again = again
+        self.task, self.count = source.task, source.count
         self.input_shape, self.output_size = source.input_shape, source.output_size
+        self._take(numbers)
+
+    def follow(self) -> None:
+        """Take over the samples that the source has now. Not collective."""
+        assert self.again is not None
+        self._take(self.again())
+
+    def _take(self, numbers: Tensor) -> None:
+        source = self.source
+        self.offset = source.offset
         own = source.targets if source.targets.ndim == 2 else source.targets[:, None]
         self.targets = torch.cat([own.to(numbers), numbers], dim=1)
 

@@ -85,8 +85,17 @@ class Guidance:
             for layer in self.layers.values():
                 layer.help = Help()
 
-    def linearised_at(self, p: Tensor) -> None:
-        """Note that products will be taken at a new point."""
+    def move(self, first: int, count: int) -> None:
+        """Note that this rank has other samples now: the former ones from number ``first`` on, ``count`` in all.
+
+        Guesses for those that it had before stay; chunks are others, and with them what was known of the last point's.
+        """
+        if self.cache is not None:
+            self.cache.renumber(first, count)
+        self.linearised_at(None)
+
+    def linearised_at(self, p: Tensor | None) -> None:
+        """Note that products will be taken at a new point; None: at one that is not known yet."""
         self._point = p
         self._states.clear()
         self._directions.clear()

@@ -19,10 +19,14 @@ from hpcdeq.problem.counts import Counts
 
 FORWARD, ADJOINT, TANGENT, TRANSPOSED = "forward", "adjoint", "tangent", "transposed"
 HESSIAN, REDUCTION, FACTORS, OPTIMISER, RECORD = "hessian", "reduction", "factors", "optimiser", "record"
+SHARES = "shares"
 # What each is: batches read, outputs and fixed points found; reverse derivatives of the loss; products J v; products Jᵀ u;
 # products with the true Hessian; MPI, with waiting for other ranks; set-up of preconditioners; the rest of a minimisation;
-# and what is no part of it: callbacks, validation, files.
-PHASES = (FORWARD, ADJOINT, TANGENT, TRANSPOSED, HESSIAN, REDUCTION, FACTORS, OPTIMISER, RECORD)
+# samples that move to other ranks; and what is no part of it: callbacks, validation, files.
+PHASES = (FORWARD, ADJOINT, TANGENT, TRANSPOSED, HESSIAN, REDUCTION, FACTORS, OPTIMISER, SHARES, RECORD)
+# Work on a rank's own samples, in which it waits for no other. (Factors are set up from samples, too, and then shared out in
+# another way.)
+BUSY = (FORWARD, ADJOINT, TANGENT, TRANSPOSED, HESSIAN)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,11 @@ class Phases:
         """End a run. Not collective."""
         self.settle()
         self.opened = []
+
+    def busy(self) -> float:
+        """Return the seconds that this rank has worked on its own samples. Not collective."""
+        self.settle()
+        return sum(self.seconds[name] for name in BUSY)
 
     def over_ranks(self, comm: parallel.Comm) -> dict[str, PhaseTime]:
         """Return the times of all phases that took any, ``record`` left out; they sum to the time of the run.

@@ -11,6 +11,7 @@ import torch
 from hpcdeq import parallel
 from hpcdeq.problem.phases import PHASES
 from hpcdeq.problem.randomness import random_state, set_random_state
+from hpcdeq.problem.rebalancing import moved_boundaries
 from hpcdeq.problem.training import TrainingProblem
 from hpcdeq.state import Block, Known, State, own_share, rows_of, table
 
@@ -18,7 +19,7 @@ WARM_BYTES = 2**30  # of the fixed points of all ranks that a state may hold
 
 
 def problem_state(problem: TrainingProblem, warm_bytes: int = WARM_BYTES) -> State:
-    """Return counters, clocks, accuracy, random numbers, buffers and remembered fixed points.
+    """Return counters, clocks, accuracy, random numbers, buffers, shares that were moved, and remembered fixed points.
 
     Collective on the problem's comm.
 
@@ -44,6 +45,7 @@ def problem_state(problem: TrainingProblem, warm_bytes: int = WARM_BYTES) -> Sta
         "accuracy": None if problem.accuracy is None else problem.accuracy.state(),
         "random": Block(random_state(problem.layout.device)),
         "buffers": Block(_buffers(problem)),
+        "boundaries": moved_boundaries(problem),
         "warm": _warm_state(problem, warm_bytes),
     }
 
@@ -52,7 +54,7 @@ def restore_problem(problem: TrainingProblem, known: Known) -> list[str]:
     """Go on from a state, after the problem's `begin`; return what could not be taken over, a sentence each.
 
     Not collective: each rank takes its part. What belongs to a rank (random numbers, buffers that follow its batches) is
-    taken over on the same number of ranks.
+    taken over on the same number of ranks. Shares are the business of `hpcdeq.problem.rebalancing`.
     """
     comm, notes = problem.comm, []
     problem.accounts.restore(known["counts"])
