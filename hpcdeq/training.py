@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m hpcdeq.train"
 EMBEDDED_SAMPLES = 1000
+RELEASE_SECONDS = 10.0  # from one release of unused memory to the next: pages that are used again cost time
 PREFIXES = ("tao_", "deq_")  # what an option of PETSc's must begin with
 
 
@@ -111,6 +112,7 @@ class Training:
         self.best: Best | None = None
         self.rows = 0  # of the history
         self.joules_before: float | None = 0.0
+        self.released = time.monotonic()  # unused memory
         self.history: HistoryWriter | None = None
 
     # -------------------------------------------------------------------------------------------------- set-up
@@ -288,13 +290,16 @@ class Training:
 
     def _record(self, iterate: Iterate) -> None:
         from hpcdeq import parallel
-        from hpcdeq.problem.memory import process_bytes
+        from hpcdeq.problem.memory import process_bytes, release_unused
 
         validation = (
             self.problem.evaluate(iterate.x, self.sets["validation"]) if self.sets["validation"].count else None
         )
         if iterate.fixed_point is not None:
             self.statistics.append(iterate.fixed_point)
+        if time.monotonic() - self.released > RELEASE_SECONDS:
+            release_unused()
+            self.released = time.monotonic()
         memory = int(parallel.max_over_ranks(self.comm, process_bytes()))
         joules = self._joules()
         with parallel.agreement(self.comm):

@@ -34,6 +34,8 @@ import numpy as np
 
 from hpcdeq.record.checkpoint import LATEST, PREVIOUS, _verify
 
+# Another program rounds otherwise, and its fixed points then differ by their tolerance: relative to the largest number.
+NEARLY = 1e-5
 LIMIT = 300.0  # seconds that a job may take to end, whatever was done to it
 PROBLEMS = {
     "adam": ("mlp", "--optimizer", "adam", "--batch-size", "32", "--max-iterations", "40", "--checkpoint-every", "7"),
@@ -223,7 +225,7 @@ class Bench:
         command = ["mpirun", "--bind-to", "none", "-n", str(ranks), sys.executable, *program]
         # As a job that may be begun anew has to be: --resume begins a run, too, with a checkpoint before the first step.
         command += ["--data", path, "--model", model, *settings, "--out", str(folder), "--resume", "--quiet", *more]
-        log = folder.with_suffix(f".{time.monotonic_ns()}.log")
+        log = self.root / f"job-{time.monotonic_ns()}.log"  # beside a disk that may be full
         with log.open("w") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment())
         return Job(process, folder, log)

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from hpcdeq.data.graphs import BONDS, EDGE_FIELDS, NODE_FIELDS, GraphArrays
+from hpcdeq.data.new_file import NewFile
 from hpcdeq.data.rows import SampleRows, check_rows
 from hpcdeq.data.schema import AUXILIARY, FORMAT, SPLITS, VERSION, Schema
 from hpcdeq.errors import DataError
@@ -64,18 +65,18 @@ class DatasetWriter:
         self._input_units = input_units
         self._array_attributes = dict(array_attributes or {})
         self._input_type = input_type
-        self._file: h5py.File | None = None
+        self._file: NewFile | None = None
 
     def __enter__(self) -> DatasetWriter:
         """Open the partial file and lay out empty datasets."""
         self.refuse(self.path)
         try:
             # The file format before HDF5 1.8 holds no list of more than 4,095 names of targets.
-            self._file = h5py.File(self.partial, "w", locking=False, libver=("v108", "v110"))
+            self._file = NewFile(self.partial, libver=("v108", "v110"))
         except OSError as error:
             raise DataError(f"cannot write {self.partial}: {error}; give another --out") from error
         try:
-            self._lay_out(self._file)
+            self._lay_out(self._file.hdf5)
         except BaseException:
             self._discard()
             raise
@@ -91,10 +92,12 @@ class DatasetWriter:
         try:
             if self.count == 0:
                 raise DataError(f"{self.path}: no samples to write")
-            file = self._open()
-            file.attrs["complete"] = True
-            file.flush()
-            file.close()
+            self._open().attrs["complete"] = True
+            assert self._file is not None
+            try:
+                self._file.close()
+            except OSError as refused:
+                raise self._full(refused) from refused
             descriptor = os.open(self.partial, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -124,6 +127,11 @@ class DatasetWriter:
             ``b`` samples that fit the schema.
         splits
             ``(b,)`` integers: 0 train, 1 validation, 2 test.
+
+        Raises
+        ------
+        DataError
+            They do not fit, or the disk is full.
         """
         number = len(samples.ids)
         graphs = samples.inputs if isinstance(samples.inputs, GraphArrays) else None
@@ -144,15 +152,24 @@ class DatasetWriter:
             for name in self._graph_fields():
                 self._extend(f"/graph/{name}", getattr(graphs, name))
         self.count += number
+        assert self._file is not None
+        try:
+            self._file.check()
+        except OSError as error:
+            raise self._full(error) from error
 
     def _open(self) -> h5py.File:
         if self._file is None:
             raise DataError(f"{self.path}: the writer is not open; use it in a with statement")
-        return self._file
+        return self._file.hdf5
+
+    def _full(self, error: OSError) -> DataError:
+        return DataError(f"cannot write {self.partial}: {error.strerror}; is the disk or the quota full?")
 
     def _discard(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
         with contextlib.suppress(FileNotFoundError):
             self.partial.unlink()
 

@@ -15,6 +15,7 @@ import h5py
 import torch
 from torch import Tensor
 
+from hpcdeq.data.new_file import NewFile
 from hpcdeq.errors import CheckpointError
 from hpcdeq.record.atomic import replaced
 
@@ -70,7 +71,8 @@ def save_model(
         for name, tensor in tensors.items():
             _require_finite(path, f"/{group}/{name}", tensor)
     try:
-        with replaced(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
+        with replaced(path) as temporary, NewFile(temporary) as new:
+            file = new.hdf5
             own = {"format": FORMAT, "version": VERSION, "model": model_name, "config": config_text}
             file.attrs.update({**own, **attributes})
             for group, tensors in groups.items():

@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 
 from hpcdeq import parallel
+from hpcdeq.data.new_file import NewFile
 from hpcdeq.errors import CheckpointError
 from hpcdeq.record.atomic import replaced
 from hpcdeq.state import Block, Known, State
@@ -89,6 +90,7 @@ class _Writer:
         self.path = path
         self.comm = comm
         self.work = work
+        self._new: NewFile | None = None
         self._file: h5py.File | None = None
         self._error: Exception | None = None
 
@@ -108,9 +110,9 @@ class _Writer:
                 self._write_vector(name, value.values)
             else:
                 self._attempt(self._write_value, name, value)
-        if self._file is not None:
+        if self._new is not None:
             try:
-                self._file.close()
+                self._new.close()
             except _TROUBLE as error:
                 self._error = self._error or error
         self._attempt(self._seal)
@@ -122,11 +124,14 @@ class _Writer:
         if self.comm.rank == 0 and self._error is None:
             try:
                 write(*arguments)
+                if self._new is not None:
+                    self._new.check()
             except _TROUBLE as error:
                 self._error = error
 
     def _open(self) -> None:
-        self._file = h5py.File(self.path, "w", locking=False, userblock_size=HEADER, libver="latest")
+        self._new = NewFile(self.path, userblock_size=HEADER, libver="latest")
+        self._file = self._new.hdf5
         self._file.attrs.update({"format": FORMAT, "version": VERSION})
 
     def _write_value(self, name: str, value: Any) -> None:
