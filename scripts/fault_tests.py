@@ -196,6 +196,7 @@ class Bench:
         self.root = root
         self.random = random.Random(seed)
         self.undisturbed: dict[tuple[str, int, str], tuple[list[tuple[str, ...]], bytes]] = {}
+        self.seconds: dict[tuple[str, int, str], float] = {}  # that undisturbed runs take
         self.number = 0
         for name, limit in (("b.h5", 200), ("few.h5", 4)):
             command = [
@@ -235,11 +236,16 @@ class Bench:
         key = (problem, ranks, data)
         if key not in self.undisturbed:
             job = self.start(self.folder(), problem, ranks, data=data)
-            code, _ = job.end()
+            code, took = job.end()
             if code:
                 raise Wrong(f"the undisturbed run ended with {code}:\n{job.told()}")
-            self.undisturbed[key] = outcome(job.folder)
+            self.undisturbed[key], self.seconds[key] = outcome(job.folder), took
         return self.undisturbed[key]
+
+    def part(self, problem: str, ranks: int, least: float) -> float:
+        """Return a random part, from a least one on, of the seconds that an undisturbed run takes."""
+        self.reference(problem, ranks, "b.h5")
+        return self.random.uniform(least, 1.0) * self.seconds[problem, ranks, "b.h5"]
 
     def moment(self, problem: str) -> int:
         """Return a random number of rows of the history, well before the end."""
@@ -333,9 +339,10 @@ def empty_rank(bench: Bench, problem: str, ranks: int) -> float:
 def signals(bench: Bench, problem: str, ranks: int) -> float:
     """Send SIGTERM or SIGUSR1 to one rank or to all, at any time."""
     folder = bench.folder()
+    after = 0.7 * bench.part(problem, ranks, 0.0)  # the first rows: the rest is the start
     job = bench.start(folder, problem, ranks)
     job.wait_for_rows(1)
-    time.sleep(bench.random.uniform(0.0, 2.0))
+    time.sleep(after)
     before = latest(folder)
     number = bench.random.choice([signal.SIGTERM, signal.SIGUSR1])
     for pid in bench.random.choice([job.ranks, job.ranks[:1], job.ranks[-1:]]):
@@ -351,8 +358,8 @@ def signals(bench: Bench, problem: str, ranks: int) -> float:
 def clock(bench: Bench, problem: str, ranks: int) -> float:
     """Give the job a limit on its wall time."""
     folder = bench.folder()
+    limit = bench.part(problem, ranks, 0.6)
     began = time.monotonic()
-    limit = bench.random.uniform(12.0, 30.0)
     job = bench.start(folder, problem, ranks, "--wall-seconds", str(limit))
     code, _ = job.end()
     took = time.monotonic() - began

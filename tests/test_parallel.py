@@ -352,6 +352,13 @@ def test_all_ranks_leave_in_order_when_all_is_well(run: Run) -> None:
     assert done.returncode == 0 and sorted(done.stdout.split("\n")) == ["", "rank 0", "rank 1", "rank 2"]
 
 
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_after_the_end_changes_nothing(run: Run, number: str) -> None:
+    late = f"import atexit, os, signal\natexit.register(os.kill, os.getpid(), signal.{number})\n"
+    assert run("-c", script(f"{late}return 0")).returncode == 0
+    assert run("-c", script(f"{late}raise OptionError('told')")).returncode == 2
+
+
 # --------------------------------------------------------------------------------------------------------- in process
 
 
