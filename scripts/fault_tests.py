@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import json
 import os
 import random
 import resource
@@ -38,7 +39,7 @@ from hpcdeq.record.checkpoint import LATEST, PREVIOUS, _verify
 NEARLY = 1e-5
 LIMIT = 300.0  # seconds that a job may take to end, whatever was done to it
 PROBLEMS = {
-    "adam": ("mlp", "--optimizer", "adam", "--batch-size", "32", "--max-iterations", "40", "--checkpoint-every", "7"),
+    "adam": ("mlp", "--optimizer", "adam", "--batch-size", "32", "--max-iterations", "120", "--checkpoint-every", "7"),
     "lbfgs": ("mlp", "--optimizer", "lbfgs", "--max-iterations", "24", "--checkpoint-every", "3"),
     "deq": (
         "mlp_deq",
@@ -47,7 +48,7 @@ PROBLEMS = {
         "--batch-size",
         "32",
         "--max-iterations",
-        "14",
+        "30",
         "--checkpoint-every",
         "2",
     ),
@@ -196,7 +197,7 @@ class Bench:
         self.root = root
         self.random = random.Random(seed)
         self.undisturbed: dict[tuple[str, int, str], tuple[list[tuple[str, ...]], bytes]] = {}
-        self.seconds: dict[tuple[str, int, str], float] = {}  # that undisturbed runs take
+        self.seconds: dict[tuple[str, int, str], tuple[float, float]] = {}  # of undisturbed runs: start and end, training
         self.number = 0
         for name, limit in (("b.h5", 200), ("few.h5", 4)):
             command = [
@@ -239,13 +240,16 @@ class Bench:
             code, took = job.end()
             if code:
                 raise Wrong(f"the undisturbed run ended with {code}:\n{job.told()}")
-            self.undisturbed[key], self.seconds[key] = outcome(job.folder), took
+            self.undisturbed[key] = outcome(job.folder)
+            training = json.loads((job.folder / "summary.json").read_text())["wall_seconds"]
+            self.seconds[key] = (took - training, training)
         return self.undisturbed[key]
 
-    def part(self, problem: str, ranks: int, least: float) -> float:
-        """Return a random part, from a least one on, of the seconds that an undisturbed run takes."""
+    def part(self, problem: str, ranks: int) -> tuple[float, float]:
+        """Return the seconds before an undisturbed run trains, and a random part of those that it trains."""
         self.reference(problem, ranks, "b.h5")
-        return self.random.uniform(least, 1.0) * self.seconds[problem, ranks, "b.h5"]
+        start, training = self.seconds[problem, ranks, "b.h5"]
+        return start, self.random.random() * training
 
     def moment(self, problem: str) -> int:
         """Return a random number of rows of the history, well before the end."""
@@ -339,7 +343,7 @@ def empty_rank(bench: Bench, problem: str, ranks: int) -> float:
 def signals(bench: Bench, problem: str, ranks: int) -> float:
     """Send SIGTERM or SIGUSR1 to one rank or to all, at any time."""
     folder = bench.folder()
-    after = 0.7 * bench.part(problem, ranks, 0.0)  # the first rows: the rest is the start
+    _, after = bench.part(problem, ranks)
     job = bench.start(folder, problem, ranks)
     job.wait_for_rows(1)
     time.sleep(after)
@@ -358,7 +362,7 @@ def signals(bench: Bench, problem: str, ranks: int) -> float:
 def clock(bench: Bench, problem: str, ranks: int) -> float:
     """Give the job a limit on its wall time."""
     folder = bench.folder()
-    limit = bench.part(problem, ranks, 0.6)
+    limit = sum(bench.part(problem, ranks))
     began = time.monotonic()
     job = bench.start(folder, problem, ranks, "--wall-seconds", str(limit))
     code, _ = job.end()
