@@ -5,7 +5,8 @@
 
 An evaluation is what an optimiser asks for: the weights gathered from their blocks, the mean loss and gradient of the graph
 DEQ over all samples without warm starts, the gradient summed and scattered to its blocks. Every number of ranks is a job of
-its own, one thread a rank; a time is the median over the repeats of the slowest rank's. Collectives and their bytes are counted
+its own, one thread a rank, and is run twice in turn with the others; a time is the median over the repeats of the slowest
+rank's. Collectives and their bytes are counted
 inside `hpcdeq.parallel`, PETSc's reductions by PETSc's own log; none is estimated.
 
 The model: t(P) = c W(P) + sum over collectives of (a_kind ceil(log2 P) + b_kind bytes (P - 1)/P), with W(P) the cost of the
@@ -39,6 +40,7 @@ import numpy as np
 LENGTHS = (4, 1_000, 30_000, 1_000_000)  # numbers in a collective that is timed
 KINDS = ("allreduce", "allgather", "reduce_scatter")
 PETSC_REDUCTIONS = ("VecDot", "VecTDot", "VecNorm", "VecMDot", "VecReduceComm")
+TURNS = 2
 ITERATED = 300  # samples that optimisers are run on
 NODES, NEIGHBOURS = 26, 12  # of random graphs, in the mean; as crystals
 TARGET_RANKS, TARGET_WEIGHTS, TARGET_SAMPLES = 4096, 10**8, 10**6
@@ -165,6 +167,7 @@ def inside(asked: dict[str, Any]) -> dict[str, Any]:
         "ranks": comm.size,
         "samples": rows.count,
         "weights": layout.count,
+        "spent": spent,
         "seconds": statistics.median(spent),
         "communication": waiting,
         "imbalance": rows.imbalance,
@@ -208,6 +211,18 @@ def found_by(process: subprocess.Popen[str]) -> dict[str, Any]:
 def job(ranks: int, asked: dict[str, Any]) -> dict[str, Any]:
     """Run this script on some ranks and return what it found."""
     return found_by(started(ranks, asked))
+
+
+def in_turns(sizes: list[int], asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what jobs on several numbers of ranks found, which take turns: a machine is not as fast at all times."""
+    runs: dict[int, list[dict[str, Any]]] = {ranks: [] for ranks in sizes}
+    for _ in range(TURNS):
+        for ranks, own in runs.items():
+            own.append(job(ranks, {**asked, "repeats": -(-asked["repeats"] // TURNS)}))
+    return [
+        {**own[0], "seconds": statistics.median(second for run in own for second in run["spent"])}
+        for own in runs.values()
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------- model
@@ -279,9 +294,9 @@ def show(options: argparse.Namespace, sizes: list[int], folder: Path) -> list[di
     path = folder / "strong.h5"
     costs = make_data(options.data, path, options.samples)
     asked = {"path": str(path), "repeats": options.repeats}
-    for ranks in sizes:
-        strong.append(job(ranks, {**asked, "iterations": 0}))
-        told = strong[-1]
+    for told in in_turns(sizes, {**asked, "iterations": 0}):
+        ranks = told["ranks"]
+        strong.append(told)
         print(
             f"{ranks} ranks: {told['seconds']:.3f} s, of which {1e3 * told['communication']:.2f} ms in collectives",
             flush=True,
