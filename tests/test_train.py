@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import tomllib
 from pathlib import Path
 
 import h5py
 import pytest
-from conftest import DATA, Run, clean_environment
+from conftest import DATA, Run
 
 from hpcdeq.record import HISTORY_COLUMNS
 
@@ -142,21 +137,8 @@ def test_real_crystals_from_source_to_classes(run: Run, tmp_path: Path, optimize
 
 @pytest.mark.crowded
 @pytest.mark.timeout(1200)
-def test_sixty_four_ranks_train_are_killed_and_go_on(run: Run, tmp_path: Path) -> None:
-    arguments = [*TRAIN, "--max-iterations", "4", "--checkpoint-every", "1", "--out", "r", "--resume"]
-    command = ["mpirun", "--bind-to", "none", "-n", "64", sys.executable, *arguments]
-    job = subprocess.Popen(command, cwd=tmp_path, env=clean_environment(), stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 500
-    while not (tmp_path / "r" / "checkpoint.h5").exists() and job.poll() is None and time.monotonic() < until:
-        time.sleep(0.1)
-    ranks = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
-    os.kill(ranks[40], signal.SIGKILL)
-    _, told = job.communicate(timeout=100)
-    assert job.returncode not in (0, 75) and not (tmp_path / "r" / "summary.json").exists(), told[-2000:]
-    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
-    done = run(*arguments, ranks=64, timeout=500)
+def test_sixty_four_ranks(run: Run, tmp_path: Path) -> None:
+    """That such a job goes on after it was killed: `scripts/fault_tests.py --cases crowd`."""
+    done = run(*TRAIN, "--max-iterations", "1", "--out", "r", ranks=64, timeout=1100)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "going on" in done.stdout
-    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
-    assert (summary["ranks"], summary["iterations"]) == (64, 4)
-    assert [int(row["iteration"]) for row in history(tmp_path / "r")] == list(range(5))
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["ranks"] == 64
