@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> int:
         PETSC_ARGUMENTS[:] = [word for name, value in config.petsc.items() for word in (f"-{name}", value) if word]
         from hpcdeq.petsc.options import insert_options
 
-        check(config, options=parallel.WORLD.rank == 0)
+        check(config)
         insert_options(config.petsc)
     if held.ended:
         if parallel.WORLD.rank == 0 and not options.quiet:
@@ -126,23 +126,14 @@ def exit_code(status: str) -> int:
     return {"diverged": EXIT_FAILED, "interrupted": EXIT_INTERRUPTED}.get(status, EXIT_DONE)
 
 
-def check(config: TrainConfig, *, options: bool = True) -> None:
-    """Refuse names that do not exist, before anything is made.
-
-    Not collective.
-
-    Parameters
-    ----------
-    options
-        Whether to look for names of PETSc options, too: one rank that does so is enough, and saves the others the time.
-    """
+def check(config: TrainConfig) -> None:
+    """Refuse names and PETSc options that do not exist, before anything is made. Not collective."""
     from hpcdeq.models import model_config
     from hpcdeq.optim.presets import check_rebalancing, preset_of
     from hpcdeq.petsc.options import check_types
     from hpcdeq.petsc.vocabulary import check_options
 
-    if options:
-        check_options([f"-{name}" for name in config.petsc], PREFIXES)
+    check_options([f"-{name}" for name in config.petsc], PREFIXES)
     check_types(config.petsc)
     preset_of(config.optimizer)
     if config.rebalance is not None:
