@@ -12,13 +12,13 @@ over the turns.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench_table import write_table
 from torch import Tensor, nn
 
 import hpcdeq
@@ -128,11 +128,7 @@ def main() -> None:
         row = {"model": name, "weights": weights, "turns": options.turns}
         row |= {f"{variant}_microseconds": value for variant, value in medians.items()}
         table.append(row | {f"ratio_to_{variant}": value for variant, value in ratios.items()})
-    if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+    write_table(options.out, table)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ all samples) are told. Ratios are of turns next to each other; medians over the 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 from bench_adam import MODELS, fresh
+from bench_table import write_table
 from torch import Tensor, nn
 
 import hpcdeq
@@ -110,11 +110,7 @@ def main() -> None:
                 f"{row['milliseconds_evaluation']:15.2f}{row['ratio_iteration']:22.2f}{row['ratio_evaluation']:12.2f}",
                 flush=True,
             )
-    if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+    write_table(options.out, table)
 
 
 if __name__ == "__main__":

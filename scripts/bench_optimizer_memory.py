@@ -12,7 +12,6 @@ factors go to ranks layer by layer.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import json
 import subprocess
@@ -20,6 +19,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from bench_table import write_table
 
 METHODS = {
     "adam": ("adam", {}, 3),
@@ -105,11 +105,7 @@ def main() -> None:
             table.append({"method": name, "ranks": size, "vectors": row[-1]} | found)
         a, b = np.linalg.lstsq(np.stack([np.ones(len(ranks)), 1 / np.array(ranks)], axis=1), row, rcond=None)[0]
         print(f"{name:<32}" + "".join(f"{held:10.1f}" for held in row) + f"{a:7.1f}{b:7.1f}", flush=True)
-    if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+    write_table(options.out, table)
 
 
 if __name__ == "__main__":

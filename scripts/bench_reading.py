@@ -13,7 +13,6 @@ software and not of a disk. The ratio of processor times is what a machine that 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from bench_table import write_table
 
 from hpcdeq.data.dataset import Dataset
 from hpcdeq.data.graphs import GraphArrays
@@ -148,11 +148,7 @@ def main() -> None:
                 flush=True,
             )
             table.append({"case": case, "turns": options.turns} | found)
-    if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+    write_table(options.out, table)
 
 
 if __name__ == "__main__":

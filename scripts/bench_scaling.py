@@ -6,8 +6,8 @@
 An evaluation is what an optimiser asks for: the weights gathered from their blocks, the mean loss and gradient of the graph
 DEQ over all samples without warm starts, the gradient summed and scattered to its blocks. Every number of ranks is a job of
 its own, one thread a rank, and is run twice in turn with the others; a time is the median over the repeats of the slowest
-rank's. Collectives and their bytes are counted
-inside `hpcdeq.parallel`, PETSc's reductions by PETSc's own log; none is estimated.
+rank's. Collectives and their bytes are counted inside `hpcdeq.parallel`, PETSc's reductions by PETSc's own log; none is
+estimated.
 
 The model: t(P) = c W(P) + sum over collectives of (a_kind ceil(log2 P) + b_kind bytes (P - 1)/P), with W(P) the cost of the
 largest share (edges and atoms; known before anything runs), c from the evaluation on 1 rank, and a, b fitted by least squares to
@@ -22,7 +22,6 @@ and no program can do better than that.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_table import write_table
 
 LENGTHS = (4, 1_000, 30_000, 1_000_000)  # numbers in a collective that is timed
 KINDS = ("allreduce", "allgather", "reduce_scatter")
@@ -403,11 +403,7 @@ def main() -> None:
         parser.error("--ranks begins with 1 and goes on, such as 1,2,4")
     with tempfile.TemporaryDirectory() as folder:
         table = show(options, sizes, Path(folder))
-    if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in table for key in row)))
-            writer.writeheader()
-            writer.writerows(table)
+    write_table(options.out, table)
 
 
 if __name__ == "__main__":

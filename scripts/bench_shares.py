@@ -11,11 +11,11 @@ one sample from each of as many stretches of the data as the batch is large woul
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from pathlib import Path
 
 import numpy as np
+from bench_table import write_table
 
 from hpcdeq import parallel
 from hpcdeq.data.schema import SPLITS
@@ -141,11 +141,7 @@ def main() -> None:
     if options.costs:
         print("\ncosts of a gradient in processor time, the best of the repeats")
         measured_costs(table, options.repeats)
-    if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in table for key in row)))
-            writer.writeheader()
-            writer.writerows(table)
+    write_table(options.out, table)
 
 
 if __name__ == "__main__":

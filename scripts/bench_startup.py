@@ -13,7 +13,6 @@ the ratios of neighbours.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import subprocess
@@ -21,6 +20,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from bench_table import write_table
 
 IMPORTS = """
 import torch
@@ -81,11 +82,7 @@ def main() -> None:
     print(
         f"  ratio               {statistics.median(ratios):8.2f}   of " + " ".join(f"{value:.2f}" for value in ratios)
     )
-    if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+    write_table(options.out, table)
 
 
 if __name__ == "__main__":

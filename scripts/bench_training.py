@@ -11,7 +11,6 @@ in the products' time. One thread.
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_table import write_table
 
 import hpcdeq
 from hpcdeq.config import NO_FALLBACK, TRAINING_OPTIONS
@@ -149,11 +149,7 @@ def main() -> None:
         if options.data:
             cases["graph_deq, crystals"] = (options.data, "graph_deq", {}, "cross_entropy")
         products(cases, options.trgn_iterations, table)
-    if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in table for key in row)))
-            writer.writeheader()
-            writer.writerows(table)
+    write_table(options.out, table)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from bench_table import write_table
 
 from hpcdeq.record.checkpoint import LATEST, PREVIOUS, _verify
 
@@ -575,11 +576,7 @@ def main() -> int:
             if row["outcome"] != "good":
                 failed = True
                 print(f"  run {row['run']} ({row['problem']}, {row['ranks']} ranks): {row['told']}", flush=True)
-        if options.out is not None:
-            with options.out.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(table[0]))
-                writer.writeheader()
-                writer.writerows(table)
+        write_table(options.out, table)
     if failed:
         print(f"what the jobs left is in {root}")
     else:

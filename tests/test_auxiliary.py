@@ -19,7 +19,7 @@ from hpcdeq.config import TrainConfig
 from hpcdeq.data import Dataset, TensorDataset
 from hpcdeq.errors import DataError, OptionError, ShapeError
 from hpcdeq.problem import LOSSES, TrainingProblem
-from hpcdeq.problem.auxiliary import AuxiliarySource, WithAuxiliary, standardised
+from hpcdeq.problem.auxiliary import AuxiliarySource, WithAuxiliary, standardisation
 from hpcdeq.tasks import resolved
 
 WEIGHT = 0.7
@@ -132,7 +132,7 @@ def test_numbers_are_standardised_over_all_ranks(comm: parallel.Comm) -> None:
     numbers = drawn()[2] * 3 + 7
     numbers = torch.cat([numbers, torch.full((COUNT, 1), 2.5, dtype=torch.float64)], dim=1)
     own = parallel.own_slice(COUNT, comm.rank, comm.size)
-    found = standardised(numbers[own], comm)
+    found = standardisation(numbers[own], comm)(numbers[own])
     whole = numbers.numpy()
     mean, deviation = np.nanmean(whole, axis=0), np.nanstd(whole, axis=0)
     deviation[2] = 1.0  # the constant one

@@ -33,11 +33,6 @@ def standardisation(numbers: Tensor, comm: parallel.Comm) -> Callable[[Tensor], 
     return lambda rows: ((rows.double() - mean) / scale).to(rows)
 
 
-def standardised(numbers: Tensor, comm: parallel.Comm) -> Tensor:
-    """Return numbers as their own `standardisation` maps them. Collective on comm."""
-    return standardisation(numbers, comm)(numbers)
-
-
 class AuxiliarySource:
     """A source of samples whose targets have numbers to learn beside them.
 
