@@ -27,8 +27,8 @@ train() {
     [ -e "$run/evaluation/evaluation.json" ] || mpirun -n "$ranks" python -m hpcdeq.evaluate "$run" $baselines
 }
 
-# finish SOURCE: predictions on raw files, and a table of all models
+# finish SOURCE OPTIONS...: predictions on raw files, and a table of all models
 finish() {
     mpirun -n "$ranks" python -m hpcdeq.predict "$out/${models[0]}" "$1" --limit 1000 --out "$out/predictions.csv"
-    python scripts/study_table.py "${models[@]/#/$out/}" | tee "$out/table.md"
+    python scripts/study_table.py "${models[@]/#/$out/}" "${@:2}" | tee "$out/table.md"
 }

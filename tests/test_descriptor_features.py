@@ -15,7 +15,7 @@ from hpcdeq.data import Dataset
 from hpcdeq.data.batches import graph_batch
 from hpcdeq.data.descriptors import VALENCE, graph_descriptors, valence_electrons
 from hpcdeq.data.graphs import GraphArrays, join_graphs
-from hpcdeq.data.rows import SampleRows
+from hpcdeq.data.rows import HEAVIEST, SampleRows
 from hpcdeq.data.schema import Schema
 from hpcdeq.data.writer import DatasetWriter
 from hpcdeq.models.descriptors import FARTHEST, DescriptorFeatures
@@ -64,7 +64,10 @@ def test_features_are_of_standardised_descriptors() -> None:
         if deviation[column] > 1e-9 * (1 + abs(mean[column])):
             scaled[:, column] = (values[:, column] - mean[column]) / deviation[column]
     scaled = np.clip(np.nan_to_num(scaled), -FARTHEST, FARTHEST)
-    expected = layer.last(torch.nn.functional.silu(layer.hidden(torch.from_numpy(scaled))))
+    present = np.zeros((len(values), HEAVIEST))
+    for row, (a, b, _) in enumerate(PAIRS):
+        present[row, [a - 1, b - 1]] = 1.0
+    expected = layer.last(torch.nn.functional.silu(layer.hidden(torch.from_numpy(np.hstack([scaled, present])))))
     torch.testing.assert_close(layer(batch), expected)
     alone = layer(graph_batch(graphs(), np.array([4])))
     torch.testing.assert_close(alone[0], layer(batch)[4], rtol=0, atol=1e-12)

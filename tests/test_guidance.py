@@ -232,6 +232,15 @@ def test_a_loss_of_fixed_points_that_only_warm_starts_find_is_told(comm: paralle
     assert elsewhere(cold, p - 1.0) == (0, 0)
 
 
+def test_what_dropout_leaves_out_is_not_taken_for_another_fixed_point() -> None:
+    x = torch.linspace(-0.15, 0.15, 7, dtype=torch.float64)[:, None]
+    model = nn.Sequential(FixedPoint(Bistable(), options={"snes_rtol": 1e-10}), nn.Dropout(0.5)).train()
+    made = TrainingProblem(model, (x, x + 1.0), "mse")
+    p = made.initial()
+    made.loss(p)
+    assert elsewhere(made, p) == (0, 7) and model.training
+
+
 # --------------------------------------------------------------------------- samples without a fixed point
 
 

@@ -550,7 +550,7 @@ def test_radial_functions_peak_at_their_centres() -> None:
 
 
 def test_pooling_is_over_each_graph() -> None:
-    """The first half is the mean; the second, with equal attention everywhere, as well."""
+    """First the mean; then, with equal attention everywhere, the mean again; then the least and the largest."""
     pooling = Pooling(1)
     with torch.no_grad():
         pooling.score.weight.zero_()
@@ -558,6 +558,7 @@ def test_pooling_is_over_each_graph() -> None:
     found = pooling(torch.tensor([[1.0], [3.0], [5.0]]), batch).detach()
     assert found[:, 0].tolist() == [2.0, 0.0, 5.0]  # a graph without atoms has none
     torch.testing.assert_close(found[:, 1], found[:, 0], rtol=1e-5, atol=0)
+    assert found[:, 2].tolist() == [1.0, 0.0, 5.0] and found[:, 3].tolist() == [3.0, 0.0, 5.0]
     with torch.no_grad():
         pooling.score.weight.fill_(40.0)
         pooling.score.bias.fill_(-80.0)

@@ -30,6 +30,7 @@ PROPERTIES = {
 SHELLS = ("s", "p", "d", "f")
 VALENCE = tuple(f"{kind} {shell}" for kind in ("electrons in", "room in") for shell in SHELLS)
 NOBLE = (2, 10, 18, 36, 54, 86)
+ELEMENT = "fraction of element "  # and its atomic number
 STATISTICS = ("mean", "least", "largest", "deviation")
 SHELL = 1.2  # an atom's first shell reaches to its nearest neighbour's distance times this
 PATCHES = 4  # an image is averaged over so many rows and columns of patches
@@ -113,7 +114,7 @@ def graph_descriptors(graphs: GraphArrays) -> Descriptors:
     elements = np.bincount(owner * (HEAVIEST + 1) + number, minlength=count * (HEAVIEST + 1))
     fractions = elements.reshape(count, HEAVIEST + 1)[:, 1:] / atoms[:, None]
     columns: dict[str, np.ndarray] = {"atoms": atoms, "elements": (fractions > 0).sum(axis=1).astype(float)}
-    columns |= {f"fraction of element {z}": fractions[:, z - 1] for z in range(1, HEAVIEST + 1)}
+    columns |= {f"{ELEMENT}{z}": fractions[:, z - 1] for z in range(1, HEAVIEST + 1)}
     properties = element_properties()[number]
     for column, name in enumerate(PROPERTIES):
         columns |= _statistics(name, properties[:, column], owner, count)

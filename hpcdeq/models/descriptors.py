@@ -8,14 +8,15 @@ from torch.nn.functional import silu
 
 from hpcdeq.data import GraphBatch
 from hpcdeq.data.batches import graph_arrays
-from hpcdeq.data.descriptors import graph_descriptors
+from hpcdeq.data.descriptors import ELEMENT, graph_descriptors
 from hpcdeq.data.graphs import no_graphs
 
 FARTHEST = 5.0  # standard deviations from the mean that a descriptor may be
 
 
 class DescriptorFeatures(nn.Module):
-    """Learned features of a graph's descriptors (`hpcdeq.data.descriptors`), standardised by the training samples.
+    """Learned features of a graph's descriptors (`hpcdeq.data.descriptors`), standardised by the training samples, and of which
+    elements there are: what is most often zero is hardly told from little by a standardised number.
 
     What a graph lacks is the mean; so is what all training samples have in common. The descriptors depend on atoms and
     distances, but derivatives do not go through them.
@@ -33,10 +34,12 @@ class DescriptorFeatures(nn.Module):
 
     def __init__(self, count: int, dropout: float) -> None:
         super().__init__()
-        size = len(graph_descriptors(no_graphs()).names)
+        names = graph_descriptors(no_graphs()).names
+        size = len(names)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("inverse", torch.ones(size))
-        self.hidden = nn.Linear(size, 2 * count)
+        self.elements = [place for place, name in enumerate(names) if name.startswith(ELEMENT)]
+        self.hidden = nn.Linear(size + len(self.elements), 2 * count)
         self.dropout = nn.Dropout(dropout)
         self.last = nn.Linear(2 * count, count)
 
@@ -50,5 +53,6 @@ class DescriptorFeatures(nn.Module):
         """Return ``(B, count)`` for a batch of B graphs."""
         found = torch.from_numpy(graph_descriptors(graph_arrays(batch)).values)
         scaled = ((found.to(self.mean) - self.mean) * self.inverse).nan_to_num(0.0).clamp(-FARTHEST, FARTHEST)
-        features: Tensor = self.last(self.dropout(silu(self.hidden(scaled))))
+        known = torch.cat([scaled, (found[:, self.elements] > 0).to(scaled)], dim=1)
+        features: Tensor = self.last(self.dropout(silu(self.hidden(known))))
         return features

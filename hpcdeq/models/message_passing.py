@@ -122,7 +122,9 @@ class Unrolled(nn.Module):
 
 
 class Pooling(nn.Module):
-    """One vector a graph from its atoms': their mean, and their mean weighted by a learned attention.
+    """One vector a graph from its atoms': their mean, their mean weighted by a learned attention, least and largest numbers.
+
+    The extremes tell what a mean dilutes: that an element is there at all, or how wide the widest void is.
 
     Parameters
     ----------
@@ -130,18 +132,23 @@ class Pooling(nn.Module):
         Numbers of an atom.
     """
 
+    PARTS = 4
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.score = nn.Linear(width, 1)
 
     def forward(self, h: Tensor, batch: GraphBatch) -> Tensor:
-        """Return ``(B, 2 width)``."""
+        """Return ``(B, PARTS width)``."""
         graphs, count = batch.node_graph, batch.num_graphs
         weight = torch.sigmoid(self.score(h))
         sizes = torch.bincount(graphs, minlength=count).clamp(min=1)[:, None].to(h.dtype)
         sums = h.new_zeros(count, 2 * h.shape[1] + 1).index_add(0, graphs, torch.cat([h, weight * h, weight], dim=1))
         width = h.shape[1]
-        return torch.cat([sums[:, :width] / sizes, sums[:, width : 2 * width] / (sums[:, -1:] + 1e-6)], dim=1)
+        means = [sums[:, :width] / sizes, sums[:, width : 2 * width] / (sums[:, -1:] + 1e-6)]
+        place, none = graphs[:, None].expand(-1, width), h.new_zeros(count, width)
+        extremes = [none.scatter_reduce(0, place, h, kind, include_self=False) for kind in ("amin", "amax")]
+        return torch.cat([*means, *extremes], dim=1)
 
 
 class DipolePooling(nn.Module):
@@ -274,7 +281,8 @@ class Readout(nn.Module):
         self.dipole = DipolePooling(width, edge_width, config.dipole) if config.dipole else None
         self.descriptors = DescriptorFeatures(config.descriptors, config.dropout) if config.descriptors else None
         self.dropout = nn.Dropout(config.dropout)
-        self.head = Head(2 * width + config.dipole + config.descriptors, config.head, output_size, config.auxiliary)
+        pooled = Pooling.PARTS * width + config.dipole + config.descriptors
+        self.head = Head(pooled, config.head, output_size, config.auxiliary)
 
     def forward(self, h: Tensor, edges: Tensor, batch: GraphBatch) -> Tensor:
         """Return ``(B, output_size)`` from ``(n, width)`` atoms and ``(E, edge_width)`` edges."""

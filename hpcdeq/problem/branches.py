@@ -44,7 +44,9 @@ def elsewhere(problem: TrainingProblem, p: Tensor) -> tuple[int, int]:
         return 0, 0
     pieces = problem.layout.unflatten(p)
 
-    def compare(inputs: Any, _: Tensor, ids: Sequence[int]) -> tuple[int, int]:
+    def compare(
+        inputs: Any, _: Tensor, ids: Sequence[int]
+    ) -> tuple[int, int]:  # without dropout, which differs each time
         warm = problem.local.network.outputs(pieces, inputs)
         try:
             with problem.guidance.batch(ids, p, cold=True):
@@ -59,7 +61,7 @@ def elsewhere(problem: TrainingProblem, p: Tensor) -> tuple[int, int]:
     def own() -> tuple[int, int]:
         if not problem.visits.chunk_count:
             return 0, 0
-        with torch.no_grad():
+        with torch.no_grad(), problem.local.network.applied():
             return problem.visits.visit(p, problem.visits.chunk(0), 0, compare) or (0, 0)
 
     with problem.phases.of(RECORD), problem.accounts.paused():
