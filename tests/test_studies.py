@@ -18,7 +18,13 @@ def crystals(path: Path) -> Path:
     for number in range(90):
         side = 4.0 + number % 3 + 0.2 * random.random()
         row = {"id": f"c{number}", "band_gap": [0.0, 1.0, 4.0][number % 3], "cell": [side] * 3 + [90] * 3}
-        row |= {"e_form": -side, "Z": random.choice([3, 11, 17, 8], 2).tolist(), "frac": [0, 0, 0, 0.5, 0.5, 0.5]}
+        row |= {
+            "e_form": -side,
+            "magmom": 0.0,
+            "e_fermi": side,
+            "Z": random.choice([3, 11, 17, 8], 2).tolist(),
+            "frac": [0, 0, 0, 0.5, 0.5, 0.5],
+        }
         rows.append({**row, "split": "test" if number > 60 else "train"})
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
