@@ -1,16 +1,12 @@
 #!/usr/bin/env bash
-# Metal-organic frameworks by pore size: bash scripts/study_frameworks.sh SOURCE [OUT] [SECONDS a model]
+# Metal-organic frameworks by pore size: bash scripts/study_frameworks.sh [--full] SOURCE [OUT] [SECONDS a model]
 #
 # SOURCE is what `hpcdeq.prepare frameworks` takes. As study_crystals.sh; distances reach farther, for the voids are wide.
-[ $# -ge 1 ] || { echo "say where the frameworks are: bash scripts/study_frameworks.sh SOURCE" >&2; exit 2; }
-raw=$(realpath "$1")
-source "$(dirname "${BASH_SOURCE[0]}")/study_application.sh"
-out=${2:-runs/study_frameworks}
-seconds=${3:-1200}
+source "$(dirname "${BASH_SOURCE[0]}")/study_application.sh" frameworks 900 "$@"
 
-prepare frameworks "$raw" ""
-for model in graph_deq graph_unrolled cgcnn; do
-    train $model "$seconds" --learning-rate 0.002 --batch-size 64 --average 0.998 \
-        --model-settings cutoff=10.0,radial=40
+prepare PLD,density,AV_VF
+for model in graph_deq:encoder=1 graph_unrolled:encoder=1 cgcnn:depth=3; do
+    train ${model%:*} --learning-rate 0.002 --batch-size 64 --weight-decay 0.05 --average 0.998 \
+        --model-settings cutoff=10.0,radial=40,dropout=0.1,${model#*:}
 done
-finish "$raw"
+finish

@@ -1,29 +1,21 @@
 #!/usr/bin/env bash
-# Forward iteration against Anderson mixing in training: bash scripts/study_images.sh SOURCE [OUT] [SECONDS a run] [SEEDS]
+# Forward iteration against Anderson mixing in training: bash scripts/study_images.sh [--full] SOURCE [OUT] [SECONDS a run] [SEEDS]
 #
 # SOURCE is what `hpcdeq.prepare images` takes, such as CIFAR-10. The same convolutional DEQ is trained by Adam twice, on fixed
 # points and adjoints to the same tolerance and within the same number of iterations: by forward iteration (a window of 0), and by
 # Anderson mixing (the default). The cell is not bounded to contract, as DEQs that people train are not: within a bound of 0.95 it
 # needs three iterations, and there is nothing to accelerate. Samples whose fixed point is not found are used as far as they got.
 # Then the window is varied on the trained model: where forward iteration is overtaken.
-# LIMIT=0 takes all images, DEVICE=cuda a GPU, MODEL_SETTINGS other bounds.
-set -euo pipefail
-[ $# -ge 1 ] || { echo "say where the images are: bash scripts/study_images.sh SOURCE" >&2; exit 2; }
-raw=$(realpath "$1")
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/setup.sh
-source scripts/activate.sh
-out=${2:-runs/study_images}
-seconds=${3:-300}
-seeds=${4:-2}
+# LIMIT: images that are taken, MODEL_SETTINGS: other bounds; --full takes all images, and DEVICE=cuda a GPU.
+source "$(dirname "${BASH_SOURCE[0]}")/study_application.sh" images 300 "$@"
 limit=${LIMIT:-6000}
-solves=(-deq_snes_rtol 1e-3 -deq_snes_max_it 50 -deq_ksp_rtol 1e-2 -deq_ksp_max_it 50)
-mkdir -p "$out"
+[ -z "$full" ] || limit=${LIMIT:-}
 
-[ -e "$out/data.h5" ] || python -m hpcdeq.prepare images "$raw" --out "$out/data.h5" $([ "$limit" = 0 ] || echo --limit "$limit")
-mpirun -n "${RANKS:-2}" python -m hpcdeq.compare --data "$out/data.h5" --model conv_deq --dtype float32 --device "${DEVICE:-cpu}" \
+[ -e "$out/data.h5" ] || python -m hpcdeq.prepare images "$raw" --out "$out/data.h5" ${limit:+--limit "$limit"}
+mpirun -n "$ranks" python -m hpcdeq.compare --data "$out/data.h5" --model conv_deq --dtype float32 --device "${DEVICE:-cpu}" \
     --model-settings "${MODEL_SETTINGS:-bound=16,contraction=12}" --on-failure warn --no-adaptive \
-    --optimizers anderson,forward --reference forward --seeds "$seeds" --max-seconds "$seconds" --max-iterations 100000 \
+    --optimizers anderson,forward --reference forward --seeds "${more[0]:-2}" --max-seconds "$seconds" --max-iterations 100000 \
     --learning-rate 0.002 --set anderson:optimizer=adam --set forward:optimizer=adam --set forward:deq_snes_anderson_m=0 \
-    --set forward:deq_ksp_type=batched_anderson --set forward:deq_ksp_anderson_m=0 "${solves[@]}" --out "$out/comparison"
+    --set forward:deq_ksp_type=batched_anderson --set forward:deq_ksp_anderson_m=0 \
+    -deq_snes_rtol 1e-3 -deq_snes_max_it 50 -deq_ksp_rtol 1e-2 -deq_ksp_max_it 50 --out "$out/comparison"
 python -m hpcdeq.study crossover "$out/comparison/runs/anderson-0" --out "$out/crossover"

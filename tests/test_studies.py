@@ -49,4 +49,4 @@ def test_a_study_without_its_source_says_what_to_type() -> None:
     for name in ("crystals", "frameworks", "molecules", "images"):
         script = str(ROOT / "scripts" / f"study_{name}.sh")
         done = subprocess.run(["bash", script], capture_output=True, text=True, env=clean_environment(), check=False)
-        assert done.returncode == 2 and f"bash scripts/study_{name}.sh SOURCE" in done.stderr
+        assert done.returncode == 2 and f"bash scripts/study_{name}.sh [--full] SOURCE" in done.stderr
