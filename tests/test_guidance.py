@@ -152,9 +152,10 @@ def test_tolerances_follow_the_progress() -> None:
     assert accuracy.tolerance == pytest.approx(0.5 * BEGINNING / 4)
     accuracy.learn(1.0)  # far too wrong
     assert accuracy.factor <= BEGINNING * ALLOWED_ERROR
+    last = accuracy.tolerance
     accuracy.stop()
     accuracy.update(0.1, 5.0, 4.0)
-    assert accuracy.tolerance == 0.0
+    assert accuracy.tolerance == 0.0 and f"tolerance {last:.1e} in the last steps" in accuracy.describe()
 
 
 def test_minibatches_that_rise_and_fall_ask_for_no_more_accuracy() -> None:

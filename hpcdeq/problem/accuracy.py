@@ -36,7 +36,7 @@ class Accuracy:
     def __init__(self, *, noisy: bool = False) -> None:
         self.noisy = noisy
         self.factor = BEGINNING
-        self.tolerance = BEGINNING
+        self.tolerance = self._looser = BEGINNING
         self.measured: list[tuple[int, float, float]] = []  # (iterate, tolerance, relative error of the gradient)
         self._first: float | None = None
         self._loss: float | None = None
@@ -71,9 +71,10 @@ class Accuracy:
     def describe(self) -> str:
         """Return in a line which accuracy was found to suffice."""
         error = max((e for _, _, e in self.measured), default=float("nan"))
+        last = self.tolerance or self._looser
         return (
-            f"accuracy of solves: relative tolerance {self.tolerance:.1e} in the end, error of the gradient measured"
-            f" {len(self.measured)} times, at most {error:.1e}; --no-adaptive solves as the options say"
+            f"accuracy of solves: relative tolerance {last:.1e} in the last steps, error of the gradient measured"
+            f" {len(self.measured)} times, at most {error:.1e}; final losses, and --no-adaptive, as the options say"
         )
 
     def state(self) -> State:
@@ -87,6 +88,7 @@ class Accuracy:
 
     def stop(self) -> None:
         """Ask for full accuracy from here on."""
+        self._looser = self.tolerance or self._looser
         self.factor = self.tolerance = 0.0
 
     def learn(self, error: float) -> None:
