@@ -33,6 +33,7 @@ TRAINING_OPTIONS = {"deq_snes_rtol": "1e-8", "deq_snes_max_it": "100", "deq_ksp_
 AUXILIARY_WEIGHT = 0.3
 # Rejected, and not tried with other solvers: the optimiser's next trial point is cheaper.
 NO_FALLBACK = {"deq_snes_fallback": "none"}
+BEGUN_WITH = {**TRAINING_OPTIONS, **NO_FALLBACK}
 
 
 @dataclass(frozen=True)

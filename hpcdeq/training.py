@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hpcdeq.config import EMBEDDED, TrainConfig, as_toml
+from hpcdeq.config import BEGUN_WITH, EMBEDDED, TrainConfig, as_toml
 from hpcdeq.errors import ConvergenceError, HpcdeqError, UsageError
 from hpcdeq.startup import STARTED
 
@@ -162,7 +162,8 @@ class Training:
                 if self.history is not None:
                     self.history.close()
             self._finish(result)
-        unread = unused_options(PREFIXES)
+        # Those that every run begins with are nobody's mistake: an explicit model has no fixed points.
+        unread = [option for option in unused_options(PREFIXES) if option[1:] not in BEGUN_WITH]
         self._say(describe_solves(self.problem))
         if unread:
             self._say(f"note: given but read by no solver of this run: {', '.join(unread)}")

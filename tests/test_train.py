@@ -100,11 +100,14 @@ def test_single_precision_and_quiet(run: Run, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["dtype"] == "float32"
 
 
-def test_an_option_that_nothing_reads_is_told(run: Run) -> None:
+@pytest.mark.parametrize("model", ["mlp_deq", "mlp"])
+def test_an_option_that_nothing_reads_is_told(run: Run, model: str) -> None:
+    """And only that one, though an explicit model reads none of those that every run begins with."""
     burgers(run)
-    done = run(*TRAIN, "--data", "b.h5", "--max-iterations", "1", "--out", "r", "-deq_snes_ngmres_m", "5")
+    words = ("--model", model, "--max-iterations", "1", "-deq_snes_ngmres_m", "5")
+    done = run(*TRAIN, "--data", "b.h5", *words, "--out", "r")
     assert done.returncode == 0, done.stderr
-    assert "read by no solver of this run: -deq_snes_ngmres_m" in done.stdout
+    assert "read by no solver of this run: -deq_snes_ngmres_m\n" in done.stdout
 
 
 def test_no_argument_at_all_trains_the_embedded_problem(run: Run, tmp_path: Path) -> None:
