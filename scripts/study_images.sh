@@ -4,8 +4,8 @@
 # SOURCE is what `hpcdeq.prepare images` takes, such as CIFAR-10. The same convolutional DEQ is trained by Adam twice, on fixed
 # points and adjoints to the same tolerance and within the same number of iterations: by forward iteration (a window of 0), and by
 # Anderson mixing (the default). The cell is not bounded to contract, as DEQs that people train are not: within a bound of 0.95 it
-# needs three iterations, and there is nothing to accelerate. Samples whose fixed point or adjoint is not found are left out, and counted.
-# Then the window is varied on the trained model: where forward iteration is overtaken.
+# needs three iterations, and there is nothing to accelerate. Samples whose fixed point or adjoint is not found are left out, and
+# counted. Then the window is varied on the trained model: where forward iteration is overtaken.
 # LIMIT: images that are taken, MODEL_SETTINGS: other bounds; --full takes all images, and DEVICE=cuda a GPU.
 source "$(dirname "${BASH_SOURCE[0]}")/study_application.sh" images 300 "$@"
 limit=${LIMIT:-6000}
