@@ -114,9 +114,8 @@ def test_budgets(method: str, comm: parallel.Comm) -> None:
     result = minimize(problem, method, max_iterations=0)
     assert (result.status, result.reason, result.iterations) == ("budget", "DIVERGED_MAXITS", 0)
     assert torch.equal(result.x, problem.initial())
-    result = minimize(
-        problem, method, max_iterations=10**6, max_seconds=0.02
-    )  # newton loses its fixed points after 0.2 s
+    # Newton loses its fixed points after 0.2 s.
+    result = minimize(problem, method, max_iterations=10**6, max_seconds=0.02)
     assert (result.status, result.reason) == ("budget", "DIVERGED_USER")
     assert "--max-seconds" in result.message
 

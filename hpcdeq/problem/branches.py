@@ -44,9 +44,7 @@ def elsewhere(problem: TrainingProblem, p: Tensor) -> tuple[int, int]:
         return 0, 0
     pieces = problem.layout.unflatten(p)
 
-    def compare(
-        inputs: Any, _: Tensor, ids: Sequence[int]
-    ) -> tuple[int, int]:  # without dropout, which differs each time
+    def compare(inputs: Any, _: Tensor, ids: Sequence[int]) -> tuple[int, int]:
         warm = problem.local.network.outputs(pieces, inputs)
         try:
             with problem.guidance.batch(ids, p, cold=True):
@@ -61,6 +59,7 @@ def elsewhere(problem: TrainingProblem, p: Tensor) -> tuple[int, int]:
     def own() -> tuple[int, int]:
         if not problem.visits.chunk_count:
             return 0, 0
+        # Dropout would leave out other things each time.
         with torch.no_grad(), problem.local.network.applied():
             return problem.visits.visit(p, problem.visits.chunk(0), 0, compare) or (0, 0)
 
