@@ -94,7 +94,8 @@ class TrainConfig:
         other ranks where some are slower (`hpcdeq.problem.rebalancing`): the run then repeats itself to rounding, not to the
         last bit. None: they stay.
     on_failure
-        What becomes of samples whose fixed point is not found: ``raise``, ``warn`` or ``mask``.
+        What becomes of samples whose fixed point is not found: ``raise``, ``warn`` (their unconverged states are used) or
+        ``mask`` (they are left out of the loss, and counted; an accuracy counts them as wrong).
     warm_start
         Begin the fixed point of a sample where its last one was.
     adaptive

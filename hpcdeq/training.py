@@ -379,6 +379,7 @@ class Training:
                 told |= self.facts | summarise_phases(times, result.counts, result.iterations, self.sets["train"].count)
                 evaluated = result.iterations if self.best is None else self.best.iteration
                 told["evaluated_iteration"] = None if interrupted else evaluated
+                told["left_out"] = {split: one and one.left_out for split, one in found.items()}
                 self.directory.write_json("summary.json", told)
                 if not interrupted:
                     write_figures(read_run(self.directory.path))

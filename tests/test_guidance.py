@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -279,6 +280,44 @@ def test_masked_samples_leave_the_loss_its_derivatives_and_a_count(comm: paralle
     )
     with pytest.raises(ConvergenceError, match="no sample has a fixed point"):
         picky(comm, torch.full((6, 1), 5.0, dtype=torch.float64), on_failure="mask").loss(p)
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_evaluations_of_masked_samples_say_how_many_are_left_out(comm: parallel.Comm) -> None:
+    x = torch.tensor([0.5, 3.0, 1.0, 1.5, 4.0, 0.7], dtype=torch.float64)[:, None]
+    masked, strict = picky(comm, x, on_failure="mask"), picky(comm, x)
+    p = masked.initial()
+    masked.loss(p)
+    good = x[(x <= 2.0).flatten()]
+    error = 2.0 * good - 3.0 * good  # z = 0.5 z + x
+    found = masked.evaluate(p, masked.dataset)
+    assert found.left_out == 2 and masked.left_out == 2
+    assert found.loss == pytest.approx(float(error.square().mean()) / 2, rel=1e-9)
+    assert found.metric == pytest.approx(float((error.square().sum() / (3 * good).square().sum()).sqrt()), rel=1e-9)
+    assert math.isnan(strict.evaluate(p, strict.dataset).metric)
+    none = picky(comm, torch.full((4, 1), 5.0, dtype=torch.float64), on_failure="mask")
+    found = none.evaluate(p, none.dataset)
+    assert found.left_out == 4 and math.isnan(found.loss) and math.isnan(found.metric)
+
+
+class Sides(nn.Module):
+    """Scores of two classes by the sign of a fixed point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = FixedPoint(Picky(), options={"snes_rtol": 1e-12})
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x)
+        return torch.cat([-z, z], dim=1)
+
+
+def test_a_sample_without_answer_is_not_classified_rightly() -> None:
+    x = torch.tensor([0.5, 3.0, -1.0, 1.5], dtype=torch.float64)[:, None]
+    problem = TrainingProblem(Sides(), (x, torch.tensor([1, 1, 0, 0])), "cross_entropy", on_failure="mask")
+    found = problem.evaluate(problem.initial(), problem.dataset)
+    assert found.metric == 2 / 4 and found.left_out == 1
+    assert found.loss == pytest.approx(float(torch.nn.functional.softplus(torch.tensor([-2.0, -4.0, 6.0])).mean()))
 
 
 def test_raise_is_the_default_and_warn_goes_on() -> None:

@@ -21,7 +21,7 @@ from hpcdeq.problem.memory import process_bytes
 from hpcdeq.problem.network import Network, leaves
 from hpcdeq.problem.parameters import ParameterLayout
 from hpcdeq.problem.phases import ADJOINT, Phases
-from hpcdeq.problem.visits import Visits
+from hpcdeq.problem.visits import Visits, rows_of
 
 
 @dataclass
@@ -203,23 +203,30 @@ class LocalSums:
         self._point = self._last = None
 
     def evaluation(self, p: Tensor, dataset: SampleSource) -> Sequence[float]:
-        """Return the sums of the loss and of the metric's terms on a set; NaN where a fixed point was not found.
+        """Return the sums of the loss and of the metric's terms on a set, and the number of samples that were left out.
 
-        The model is as in application: without dropout.
+        The model is as in application: without dropout. The sums are NaN where a fixed point was not found, unless such
+        samples are left out.
         """
         pieces = self.layout.unflatten(p)
-        sums, plain = np.zeros(3), self.loss_function.plain
+        sums, plain = np.zeros(4), self.loss_function.plain
+
+        def attempt(ids: Sequence[int], whole: bool) -> tuple[float, float, float]:
+            inputs, targets = self.visits.move(*dataset.batch(rows_of(ids)))
+            with self.guidance.batch(ids, p, cold=True):
+                outputs = self.network.outputs(pieces, inputs)
+            plain.check(outputs, targets)
+            return float(plain.total(outputs, targets)), *plain.metric_terms(outputs, targets)
+
         with torch.no_grad(), self.network.applied():
             for start in range(0, len(dataset), self.visits.chunk_size):
-                rows = slice(start, min(start + self.visits.chunk_size, len(dataset)))
-                inputs, targets = self.visits.move(*dataset.batch(rows))
+                ids = range(start, min(start + self.visits.chunk_size, len(dataset)))
                 try:
-                    with self.guidance.batch(range(rows.start, rows.stop), p, cold=True):
-                        outputs = self.network.outputs(pieces, inputs)
+                    found, missing = self.visits.leaving_out(ids, attempt)
                 except ConvergenceError:
-                    return [float("nan")] * 3
-                plain.check(outputs, targets)
-                sums += (float(plain.total(outputs, targets)), *plain.metric_terms(outputs, targets))
+                    return [float("nan")] * 4
+                sums[:3] += found or 0.0
+                sums[1:] += (*plain.missing_terms(missing), missing)
         return list(sums)
 
     def zeros(self) -> Tensor:

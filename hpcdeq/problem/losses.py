@@ -56,6 +56,10 @@ class Loss(ABC):
     def metric_value(self, numerator: float, denominator: float) -> float:
         """Return the metric from the sums. Not collective."""
 
+    def missing_terms(self, count: int) -> tuple[float, float]:
+        """Return what samples without an answer add to the metric's sums. Not collective."""
+        return 0.0, 0.0
+
     @property
     def plain(self) -> Loss:
         """What models are judged by: the loss without what only training has."""
@@ -124,6 +128,9 @@ class CrossEntropy(Loss):
 
     def metric_value(self, numerator: float, denominator: float) -> float:
         return numerator / denominator if denominator else float("nan")
+
+    def missing_terms(self, count: int) -> tuple[float, float]:
+        return 0.0, float(count)
 
 
 class MeanSquare(Loss):

@@ -36,10 +36,22 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss and metric of a model on a set of samples; NaN where a fixed point was not found."""
+    """Loss and metric of a model on a set of samples; NaN where a fixed point was not found.
+
+    Where samples without a fixed point are left out, the loss is the mean of the others, and so is the metric; but a sample
+    without an answer is not classified rightly: an accuracy is of all samples.
+
+    Attributes
+    ----------
+    loss, metric
+        Means over samples.
+    left_out
+        Number of samples without a fixed point that were left out.
+    """
 
     loss: float
     metric: float
+    left_out: int = 0
 
 
 class TrainingProblem:
@@ -299,14 +311,16 @@ class TrainingProblem:
     # ------------------------------------------------------------------------------------------ looking at it
 
     def evaluate(self, p: Tensor, dataset: SampleSource) -> Evaluation:
-        """Return mean loss and metric on a set of samples; NaN where a fixed point was not found. Not counted."""
+        """Return mean loss and metric on a set of samples. Not counted."""
         with self.phases.of(RECORD):
             with self.accounts.paused():
                 own, error = self._guarded(lambda: self.local.evaluation(p, dataset))
-            total, numerator, denominator = parallel.sum_or_raise(self.comm, np.array(own or [0.0] * 3), error)
-        if dataset.count == 0:
-            return Evaluation(float("nan"), float("nan"))
-        return Evaluation(float(total) / dataset.count, self.loss_function.metric_value(numerator, denominator))
+            total, *terms, missing = parallel.sum_or_raise(self.comm, np.array(own or [0.0] * 4), error).tolist()
+        if dataset.count == 0 or math.isnan(total):
+            return Evaluation(math.nan, math.nan)
+        left = dataset.count - int(missing)
+        metric = self.loss_function.metric_value(*terms)
+        return Evaluation(total / left if left else math.nan, metric, int(missing))
 
     def sum_of_blocks(self, values: np.ndarray) -> float:
         """Return the sum of all entries of a distributed vector, given this rank's block."""

@@ -131,26 +131,53 @@ class Visits:
         products: bool = False,
     ) -> Result | None:
         """Return what is computed of one batch, None if it had to leave out every sample; arguments as in `Guidance.batch`."""
-        while len(ids):
-            rows = slice(ids.start, ids.stop) if isinstance(ids, range) else torch.from_numpy(np.array(ids))
+
+        def attempt(ids: Sequence[int], whole: bool) -> Result:
+            chunk = number if whole else None
             try:
-                with self.phases.of(FORWARD), self.guidance.batch(ids, p, chunk=number, products=products):
-                    inputs, targets = self.move(*self.dataset.batch(rows))
-                    result = compute(inputs, targets, ids)
-                beat()
-                return result
-            except ConvergenceError as error:
-                good = getattr(error.record, "converged", None)
-                if self.on_failure != MASK or good is None or len(good) != len(ids) or bool(good.all()):
-                    raise
-                ids, number = [i for i, fine in zip(ids, good.tolist(), strict=True) if fine], None
-                self.left_out += int((~good).sum())
+                with self.phases.of(FORWARD), self.guidance.batch(ids, p, chunk=chunk, products=products):
+                    inputs, targets = self.move(*self.dataset.batch(rows_of(ids)))
+                    return compute(inputs, targets, ids)
             except HpcdeqError:
                 raise
             except Exception as error:
                 self._blame(error, p, ids, compute)
                 raise
-        return None
+
+        result, missing = self.leaving_out(ids, attempt)
+        self.left_out += missing
+        beat()
+        return result
+
+    def leaving_out(
+        self, ids: Sequence[int], attempt: Callable[[Sequence[int], bool], Result]
+    ) -> tuple[Result | None, int]:
+        """Return what is attempted of samples, without those that have no fixed point where these are to be left out.
+
+        Parameters
+        ----------
+        ids
+            Numbers of the samples.
+        attempt
+            ``attempt(ids, whole)``, whole if none was left out yet.
+
+        Returns
+        -------
+        result
+            None if no sample has a fixed point.
+        missing
+            Number of samples that were left out.
+        """
+        asked = len(ids)
+        while len(ids):
+            try:
+                return attempt(ids, len(ids) == asked), asked - len(ids)
+            except ConvergenceError as error:
+                good = getattr(error.record, "converged", None)
+                if self.on_failure != MASK or good is None or len(good) != len(ids) or bool(good.all()):
+                    raise
+                ids = [i for i, fine in zip(ids, good.tolist(), strict=True) if fine]
+        return None, asked
 
     def _blame(self, error: Exception, p: Tensor, ids: Sequence[int], compute: Compute[Any]) -> None:
         """Note with an error the sample that makes it, if one does so alone."""
@@ -171,3 +198,8 @@ class Visits:
         return inputs.to(dtype=dtype, device=device), targets.to(device) if whole else targets.to(
             dtype=dtype, device=device
         )
+
+
+def rows_of(ids: Sequence[int]) -> slice | Tensor:
+    """Return what picks this rank's samples by their numbers: a slice where they follow each other."""
+    return slice(ids.start, ids.stop) if isinstance(ids, range) else torch.from_numpy(np.array(ids))

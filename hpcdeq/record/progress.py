@@ -85,7 +85,8 @@ class Progress:
         for name, found in (("train", train), ("validation", validation), ("test", test)):
             if found is not None:
                 metric = f"{self.metric_name} {_number(found.metric, 10)}"
-                self._print(f"  {name:<11} loss {_number(found.loss, 10)}   {metric}")
+                missing = f"   {found.left_out} without fixed point" if found.left_out else ""
+                self._print(f"  {name:<11} loss {_number(found.loss, 10)}   {metric}{missing}")
         if run_directory is not None:
             self._print(f"  files       {run_directory}")
 
