@@ -6,7 +6,7 @@
 # stereochemistry stands for several isomers: conformers are of any of them.
 source "$(dirname "${BASH_SOURCE[0]}")/study_application.sh" molecules 900 "$@"
 
-prepare mu,alpha,homo,lumo,gap --geometry conformers --conformers 8
+prepare mu,alpha,homo,lumo,gap --geometry conformers --conformers 4
 for model in graph_deq:encoder=2 graph_unrolled:encoder=2 cgcnn:depth=5; do
     train ${model%:*} --learning-rate 0.002 --batch-size 128 --weight-decay 0.2 --average 0.998 \
         --model-settings width=96,head=192,dipole=16,descriptors=32,dropout=0.2,${model#*:}
