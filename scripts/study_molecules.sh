@@ -2,13 +2,13 @@
 # Molecules as weakly or strongly polar: bash scripts/study_molecules.sh [--full] SOURCE [OUT] [SECONDS a model]
 #
 # SOURCE is what `hpcdeq.prepare molecules` takes; BY names a column of it whose values are scored by themselves, too. As
-# study_crystals.sh, on conformers by ETKDG, with vectors that the atoms add up to: a dipole moment. A SMILES without
-# stereochemistry stands for several isomers: conformers are of any of them.
+# study_crystals.sh, on conformers by ETKDG, with vectors that the atoms add up to: a dipole moment, the mean of conformers, as a
+# SMILES does not tell the one that was measured.
 source "$(dirname "${BASH_SOURCE[0]}")/study_application.sh" molecules 900 "$@"
 
 prepare mu,alpha,homo,lumo,gap --geometry conformers --conformers 4
 for model in graph_deq:encoder=2 graph_unrolled:encoder=2 cgcnn:depth=5; do
-    train ${model%:*} --learning-rate 0.002 --batch-size 128 --weight-decay 0.2 --average 0.998 \
-        --model-settings width=96,head=192,dipole=16,descriptors=32,dropout=0.2,${model#*:}
+    train ${model%:*} --learning-rate 0.002 --batch-size 128 --weight-decay 0.1 --average 0.998 \
+        --model-settings dipole=16,descriptors=32,dropout=0.05,${model#*:}
 done
 finish ${BY:+--by "$BY" --source "$raw"}
