@@ -64,6 +64,7 @@ def run_rows(comparison: Comparison) -> list[Row]:
         row |= {f"{split} loss": summary["loss"].get(split) for split in ("validation", "test")}
         row |= {count: summary["counts"].get(count) for count in COUNTS}
         row |= {f"fixed point {key}": value for key, value in (summary.get("fixed_point") or {}).items()}
+        row |= {f"{split} without fixed point": number for split, number in (summary.get("left_out") or {}).items()}
         row |= {fact: summary.get(fact) for fact in FACTS}
         row |= {f"seconds {phase}": (summary.get("phases") or {}).get(phase) for phase in phases}
         rows.append(row)
