@@ -38,15 +38,8 @@ Result = TypeVar("Result")
 class Evaluation:
     """Loss and metric of a model on a set of samples; NaN where a fixed point was not found.
 
-    Where samples without a fixed point are left out, the loss is the mean of the others, and so is the metric; but a sample
-    without an answer is not classified rightly: an accuracy is of all samples.
-
-    Attributes
-    ----------
-    loss, metric
-        Means over samples.
-    left_out
-        Number of samples without a fixed point that were left out.
+    Where such samples are left out (``left_out`` is their number) loss and metric are of the others; but an accuracy is of
+    all samples, as one without an answer is not classified rightly.
     """
 
     loss: float

@@ -201,5 +201,5 @@ class Visits:
 
 
 def rows_of(ids: Sequence[int]) -> slice | Tensor:
-    """Return what picks this rank's samples by their numbers: a slice where they follow each other."""
+    """Return what picks this rank's samples by their numbers: a slice where they follow each other. Not collective."""
     return slice(ids.start, ids.stop) if isinstance(ids, range) else torch.from_numpy(np.array(ids))
