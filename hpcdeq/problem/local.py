@@ -211,7 +211,7 @@ class LocalSums:
         pieces = self.layout.unflatten(p)
         sums, plain = np.zeros(4), self.loss_function.plain
 
-        def attempt(ids: Sequence[int], whole: bool) -> tuple[float, float, float]:
+        def attempt(ids: Sequence[int]) -> tuple[float, float, float]:
             inputs, targets = self.visits.move(*dataset.batch(rows_of(ids)))
             with self.guidance.batch(ids, p, cold=True):
                 outputs = self.network.outputs(pieces, inputs)

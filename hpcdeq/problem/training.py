@@ -309,7 +309,7 @@ class TrainingProblem:
             with self.accounts.paused():
                 own, error = self._guarded(lambda: self.local.evaluation(p, dataset))
             total, *terms, missing = parallel.sum_or_raise(self.comm, np.array(own or [0.0] * 4), error).tolist()
-        if dataset.count == 0 or math.isnan(total):
+        if dataset.count == 0 or math.isnan(missing):
             return Evaluation(math.nan, math.nan)
         left = dataset.count - int(missing)
         metric = self.loss_function.metric_value(*terms)

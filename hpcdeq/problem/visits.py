@@ -132,16 +132,16 @@ class Visits:
     ) -> Result | None:
         """Return what is computed of one batch, None if it had to leave out every sample; arguments as in `Guidance.batch`."""
 
-        def attempt(ids: Sequence[int], whole: bool) -> Result:
-            chunk = number if whole else None
+        def attempt(left: Sequence[int]) -> Result:
+            chunk = number if len(left) == len(ids) else None
             try:
-                with self.phases.of(FORWARD), self.guidance.batch(ids, p, chunk=chunk, products=products):
-                    inputs, targets = self.move(*self.dataset.batch(rows_of(ids)))
-                    return compute(inputs, targets, ids)
+                with self.phases.of(FORWARD), self.guidance.batch(left, p, chunk=chunk, products=products):
+                    inputs, targets = self.move(*self.dataset.batch(rows_of(left)))
+                    return compute(inputs, targets, left)
             except HpcdeqError:
                 raise
             except Exception as error:
-                self._blame(error, p, ids, compute)
+                self._blame(error, p, left, compute)
                 raise
 
         result, missing = self.leaving_out(ids, attempt)
@@ -149,9 +149,7 @@ class Visits:
         beat()
         return result
 
-    def leaving_out(
-        self, ids: Sequence[int], attempt: Callable[[Sequence[int], bool], Result]
-    ) -> tuple[Result | None, int]:
+    def leaving_out(self, ids: Sequence[int], attempt: Callable[[Sequence[int]], Result]) -> tuple[Result | None, int]:
         """Return what is attempted of samples, without those that have no fixed point where these are to be left out.
 
         Parameters
@@ -159,7 +157,7 @@ class Visits:
         ids
             Numbers of the samples.
         attempt
-            ``attempt(ids, whole)``, whole if none was left out yet.
+            ``attempt(ids)``, of all of them or of those that are left.
 
         Returns
         -------
@@ -171,7 +169,7 @@ class Visits:
         asked = len(ids)
         while len(ids):
             try:
-                return attempt(ids, len(ids) == asked), asked - len(ids)
+                return attempt(ids), asked - len(ids)
             except ConvergenceError as error:
                 good = getattr(error.record, "converged", None)
                 if self.on_failure != MASK or good is None or len(good) != len(ids) or bool(good.all()):
