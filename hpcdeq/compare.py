@@ -138,8 +138,9 @@ def main(arguments: list[str]) -> int:
 
         parallel.only_root(parallel.WORLD, lambda: _compare_directories(given, options, petsc))
         return EXIT_DONE
+    # One rank reads CONFIG.toml: if it changes meanwhile, the ranks would not agree on what to do next.
+    variants, seeds = parallel.only_root(parallel.WORLD, lambda: _plan(options, petsc))
     with parallel.agreement(parallel.WORLD):
-        variants, seeds = _plan(options, petsc)
         patience = hang_seconds(options.hang_seconds, HANG_SECONDS)
         reference = _reference(options.reference, {v.label: v.config.optimizer for v in variants})
         for variant in variants:

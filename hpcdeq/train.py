@@ -65,15 +65,28 @@ def given_settings(options: argparse.Namespace, petsc: list[str]) -> dict[str, A
     return settings
 
 
-def resolve(options: argparse.Namespace, petsc: list[str], held: Held | None = None) -> TrainConfig:
-    """Return the configuration: what was given over the defaults, or over that of a run that goes on. Not collective."""
+def resolve(options: argparse.Namespace, petsc: list[str]) -> tuple[Held, TrainConfig]:
+    """Return what a run directory holds, and the configuration: what is given, over the defaults or over that of a run there.
+
+    Not collective.
+
+    Raises
+    ------
+    HpcdeqError
+        A file cannot be read, a setting does not exist or may not change, or the run cannot go on.
+    """
     given = given_settings(options, petsc)
-    if held is None or held.settings is None:
-        return complete(given)
+    if not options.resume:
+        return Held(), complete(given)
+    if options.out is None:
+        raise UsageError("--resume goes on with the run in a directory: give it, with --out DIR")
+    held = held_in(Path(options.out), given)
     former = held.settings
+    if former is None:
+        return held, complete(given)
     refuse_changes(Path(options.out), former, given)
     tables = {name: {**former.get(name, {}), **given.get(name, {})} for name in ("model_settings", "petsc")}
-    return complete({**former, **given, **tables, "data": former["data"]})
+    return held, complete({**former, **given, **tables, "data": former["data"]})
 
 
 def main(arguments: list[str]) -> int:
@@ -90,15 +103,9 @@ def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(own)
     from hpcdeq import parallel
 
-    held = Held()
+    # One rank reads CONFIG.toml: if it changes meanwhile, the ranks would not agree on what to do next.
+    held, config = parallel.only_root(parallel.WORLD, lambda: resolve(options, petsc))
     with parallel.agreement(parallel.WORLD):
-        given = given_settings(options, petsc)
-        if options.resume and options.out is None:
-            raise UsageError("--resume goes on with the run in a directory: give it, with --out DIR")
-    if options.resume:
-        held = parallel.only_root(parallel.WORLD, lambda: held_in(Path(options.out), given))
-    with parallel.agreement(parallel.WORLD):
-        config = resolve(options, petsc, held)
         patience = hang_seconds(options.hang_seconds, HANG_SECONDS)
         PETSC_ARGUMENTS[:] = [word for name, value in config.petsc.items() for word in (f"-{name}", value) if word]
         from hpcdeq.petsc.options import insert_options

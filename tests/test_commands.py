@@ -139,7 +139,7 @@ def test_a_wrong_option_of_petsc_ends_with_code_2(run: Run) -> None:
 
 def resolved(line: str) -> TrainConfig:
     own, petsc = split_arguments(line.split())
-    return train.resolve(train.build_parser().parse_args(own), petsc)
+    return train.resolve(train.build_parser().parse_args(own), petsc)[1]
 
 
 @pytest.fixture

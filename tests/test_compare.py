@@ -647,7 +647,8 @@ def test_a_scan_of_learning_rates_chooses_by_validation(
     burgers: Path, shared_tmp_path: Path, comm: parallel.Comm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = shared_tmp_path / "out"
-    (shared_tmp_path / "c.toml").write_text("max_iterations = 2\n[optimizers.adam]\nbatch_size = 16\n")
+    if comm.rank == 0:
+        (shared_tmp_path / "c.toml").write_text("max_iterations = 2\n[optimizers.adam]\nbatch_size = 16\n")
     arguments = [str(shared_tmp_path / "c.toml"), "--data", str(burgers), "--seeds", "2", "--out", str(out)]
     assert main([*arguments, "--learning-rates", "1e-2,1e-9", "--quiet"]) == 0
     with parallel.agreement(comm):
@@ -668,6 +669,29 @@ def test_a_scan_of_learning_rates_chooses_by_validation(
             ]
             check_report(out, methods=1, runs=3)
             assert capsys.readouterr().out.count("\n") == 4  # a line a run, and where the report is
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_one_rank_reads_the_configuration(
+    burgers: Path, shared_tmp_path: Path, comm: parallel.Comm, command: str
+) -> None:
+    """Ranks that read different files would run different methods, and hang."""
+    file, out = shared_tmp_path / "c.toml", shared_tmp_path / "out"
+    if comm.rank == 0:
+        file.write_text("max_iterations = 1\nmax_seconds = 60\n")
+    elsewhere = file if comm.rank == 0 else Path("nowhere.toml")
+    words = ["--seed", "7"] if command == "train" else ["--optimizers", "lbfgs", "--seeds", "1"]
+    arguments = [str(elsewhere), "--data", str(burgers), *words, "--out", str(out), "--quiet"]
+    with only_options({}, ("tao_", "deq_")):
+        assert {"train": train.main, "compare": main}[command](arguments) == 0
+    with parallel.agreement(comm):
+        if comm.rank == 0:
+            summary = json.loads((out / ("" if command == "train" else "runs/lbfgs-0") / "summary.json").read_text())
+            assert (summary["iterations"], summary["ranks"]) == (1, comm.size)
+    with pytest.raises(OptionError, match=r"none\.toml cannot be read") as caught:
+        {"train": train.main, "compare": main}[command](["none.toml" if comm.rank == 0 else str(file), *arguments[1:]])
+    assert caught.value.agreed
 
 
 @pytest.mark.parallel([1, 2])

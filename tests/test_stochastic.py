@@ -503,7 +503,7 @@ def test_wrong_settings_on_the_command_line(arguments: str, says: str) -> None:
 
 def test_what_a_minibatch_method_leaves_to_defaults_is_resolved() -> None:
     def resolved(words: str) -> TrainConfig:
-        return train.resolve(train.build_parser().parse_args(["--data", "a.h5", *words.split()]), [])
+        return train.resolve(train.build_parser().parse_args(["--data", "a.h5", *words.split()]), [])[1]
 
     found = resolved("--optimizer adamw")
     assert (found.learning_rate, found.batch_size, found.schedule) == (1e-3, 64, "cosine")
