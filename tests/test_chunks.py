@@ -78,7 +78,7 @@ def test_the_costliest_samples_decide(comm: Comm) -> None:
 @pytest.mark.parallel([1, 2, 3])
 def test_too_little_memory_for_a_sample_is_told_on_all_ranks(comm: Comm) -> None:
     made = problem(comm)
-    with pytest.raises(OptionError, match=r"--memory-per-rank 0\.\d+: a rank needs 0\.\d+ GiB to work on its largest"):
+    with pytest.raises(OptionError, match=r"--memory-per-rank 0\.001: a rank needs \d\.\d+ GiB to work on its largest"):
         fitting_chunk_size(made, np.ones(len(made.dataset), np.int64), 0.001 * GIB, products=False)
 
 

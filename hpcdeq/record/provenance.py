@@ -20,7 +20,7 @@ from torch import Tensor
 from hpcdeq import parallel
 from hpcdeq.petsc.facts import petsc_facts
 
-PACKAGES = ("hpcdeq", "torch", "numpy", "h5py", "petsc4py", "mpi4py", "pymatgen")
+PACKAGES = ("hpcdeq", "numpy", "h5py", "petsc4py", "mpi4py", "pymatgen")
 
 
 def environment(comm: parallel.Comm, seed: int, command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -57,7 +57,8 @@ def fingerprint(weights: Tensor) -> str:
 
 def _versions() -> dict[str, str | None]:
     """Return the packages' versions from their metadata: importing pymatgen to ask it would take seconds."""
-    found: dict[str, str | None] = {}
+    # torch tells itself CUDA's build from the CPU's, as its metadata need not.
+    found: dict[str, str | None] = {"torch": torch.__version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
