@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import silu
 
 from hpcdeq.data import GraphBatch
 from hpcdeq.data.batches import graph_arrays, graph_batch
@@ -207,6 +209,13 @@ def test_a_whole_number_is_a_number_too(deq: str) -> None:
 def test_a_wrong_setting_is_refused(name: str, settings: dict[str, object], told: str) -> None:
     with pytest.raises(OptionError, match=f"^model {name}:? {told}"):
         model_config(name, settings)
+
+
+@pytest.mark.parametrize("name", ["cgcnn", "graph_deq", "graph_unrolled"])
+def test_weights_of_conformers_for_nothing_are_refused(name: str) -> None:
+    with pytest.raises(OptionError, match="conformer_radial weighs conformers for the vectors of a dipole"):
+        model_config(name, {"conformer_radial": 12})
+    assert model_config(name, {"conformer_radial": 12, "dipole": 2})
 
 
 def test_a_contraction_that_is_no_number_is_refused(deq: str) -> None:
@@ -432,6 +441,70 @@ def test_lengths_of_dipoles_are_the_mean_over_conformers() -> None:
     torch.testing.assert_close(
         lengths(position, position, partial_charge=charges), moment[:, None].expand(2, 4), rtol=1e-5, atol=0
     )
+
+
+def two_molecules(*conformers: Tensor) -> tuple[Tensor, Tensor, GraphBatch]:
+    """Return numbers of 5 atoms, of their edges (all pairs of 3 atoms, and of 2), and the batch."""
+    source, target = (1 - torch.eye(5)).nonzero().T
+    owner = torch.tensor([0, 0, 0, 1, 1])
+    inside = owner[source] == owner[target]
+    source, target, places = source[inside], target[inside], torch.stack(conformers, dim=1)
+    vector = places[source, 0] - places[target, 0]
+    h, edges = (torch.randn(n, d, dtype=torch.float64) for n, d in ((5, 3), (len(source), 2)))
+    return h, edges, GraphBatch(torch.ones(5).long(), source, target, vector, owner, 2, conformers=places)
+
+
+def test_conformers_count_by_a_learned_energy_of_their_distances() -> None:
+    """Against weights that are computed pair by pair; turning, moving and renumbering conformers changes nothing."""
+    pooling = DipolePooling(3, 2, 4, conformer_radial=6, cutoff=3.0).double()
+    assert pooling.weights is not None
+    places = [torch.randn(5, 3, dtype=torch.float64) for _ in range(3)]
+    h, edges, batch = two_molecules(*places)
+    alike = DipolePooling(3, 2, 4).double()
+    alike.load_state_dict(pooling.state_dict(), strict=False)
+    torch.testing.assert_close(pooling(h, edges, batch), alike(h, edges, batch))
+
+    torch.nn.init.normal_(pooling.weights.strength.weight)
+    with torch.no_grad():
+        found = pooling(h, edges, batch)
+        mixed = silu(pooling.edge(edges) + pooling.own(h)[batch.edge_target] + pooling.other(h)[batch.edge_source])
+        strength = pooling.weights.strength(mixed)
+        energy = torch.zeros(2, 3, dtype=torch.float64)
+        for edge, (j, i) in enumerate(zip(batch.edge_source, batch.edge_target, strict=True)):
+            for c, at in enumerate(places):
+                wave = torch.exp(-((((at[j] - at[i]).norm() - 0.6 * torch.arange(6).double()) / 0.6) ** 2))
+                energy[batch.node_graph[i], c] += strength[edge] @ wave
+        each = torch.stack([alike(h, edges, in_places(batch, at[:, None])) for at in places], dim=1)
+        boltzmann = torch.exp(-energy) / torch.exp(-energy).sum(dim=1, keepdim=True)
+        assert float((boltzmann - 1 / 3).abs().max()) > 0.1
+        torch.testing.assert_close(found, (boltzmann[:, :, None] * each).sum(dim=1))
+
+        turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
+        moved = torch.stack([places[2] @ turn, places[0] + 7.0, places[1]], dim=1)
+        torch.testing.assert_close(pooling(h, edges, in_places(batch, moved)), found)
+        # One conformer, and several that are the same, say the same.
+        one = in_places(batch, places[1][:, None])
+        torch.testing.assert_close(pooling(h, edges, one), each[:, 1])
+        same = in_places(batch, places[1][:, None].expand(-1, 4, -1))
+        torch.testing.assert_close(pooling(h, edges, same), each[:, 1])
+
+
+def in_places(batch: GraphBatch, places: Tensor) -> GraphBatch:
+    return dataclasses.replace(batch, conformers=places)
+
+
+def test_derivatives_of_weighted_conformers() -> None:
+    """By finite differences, in the numbers of atoms and edges and in the energy."""
+    pooling = DipolePooling(3, 2, 2, conformer_radial=4, cutoff=3.0).double()
+    assert pooling.weights is not None
+    h, edges, batch = two_molecules(*(torch.randn(5, 3, dtype=torch.float64) for _ in range(3)))
+    weight = torch.randn_like(pooling.weights.strength.weight)
+
+    def lengths(h: Tensor, edges: Tensor, weight: Tensor) -> Tensor:
+        found: Tensor = functional_call(pooling, {"weights.strength.weight": weight}, (h, edges, batch))
+        return found
+
+    assert torch.autograd.gradcheck(lengths, [t.clone().requires_grad_() for t in (h, edges, weight)])
 
 
 @pytest.mark.parametrize("name", GRAPHS)

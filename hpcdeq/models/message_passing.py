@@ -156,7 +156,7 @@ class DipolePooling(nn.Module):
 
     qᵢ is an atom's partial charge and what comes and goes along its edges, Σⱼ t(hⱼ, hᵢ, eⱼᵢ) - t(hᵢ, hⱼ, eᵢⱼ), so that the sum is a
     dipole moment: what a molecule's polarity is made of, and no pooling of numbers can find. It does not change when a molecule
-    without charge is turned or moved, and it grows with the molecule. Lengths are the mean over conformers: charges are those
+    without charge is turned or moved, and it grows with the molecule. Lengths are a mean over conformers: charges are those
     of the first, places each one's own. Where atoms have no places but edges have vectors, |Σ t(hᵢ, hⱼ, eᵢⱼ) rᵢⱼ|; of a
     periodic structure that grows with the cell, which is no property of the structure.
 
@@ -166,20 +166,27 @@ class DipolePooling(nn.Module):
         Numbers of an atom and of an edge.
     channels
         Vectors.
+    conformer_radial
+        Gaussians in which distances weigh the conformers (`ConformerWeights`); 0: all count alike.
+    cutoff
+        Centre of the last of them, Å.
     """
 
-    def __init__(self, width: int, edge_width: int, channels: int) -> None:
+    def __init__(
+        self, width: int, edge_width: int, channels: int, conformer_radial: int = 0, cutoff: float = 6.0
+    ) -> None:
         super().__init__()
         self.own = nn.Linear(width, width)
         self.other = nn.Linear(width, width, bias=False)
         self.edge = nn.Linear(edge_width, width, bias=False)
         self.transfer = nn.Linear(width, channels, bias=False)
+        self.weights = ConformerWeights(width, conformer_radial, cutoff) if conformer_radial else None
 
     def forward(self, h: Tensor, edges: Tensor, batch: GraphBatch) -> Tensor:
         """Return ``(B, channels)`` from ``(n, width)`` atoms and ``(E, edge_width)`` edges."""
         mixed = self.edge(edges) + self.other(h).index_select(0, batch.edge_source)
-        mixed = mixed + at_targets(self.own(h), batch.edge_target, batch.degree)
-        transfer = self.transfer(silu(mixed))
+        mixed = silu(mixed + at_targets(self.own(h), batch.edge_target, batch.degree))
+        transfer = self.transfer(mixed)
         if batch.conformers.shape[1]:
             charge = batch.partial_charge[:, None].expand(-1, transfer.shape[1])
             charge = charge.index_add(0, batch.edge_source, transfer).index_add(0, batch.edge_target, -transfer)
@@ -188,7 +195,42 @@ class DipolePooling(nn.Module):
             moment = (transfer[:, :, None] * batch.edge_vector[:, None])[:, None]
             graph = batch.node_graph.index_select(0, batch.edge_target)
         total = moment.new_zeros(batch.num_graphs, *moment.shape[1:]).index_add(0, graph, moment)
-        return (total.square().sum(dim=3) + SMALL**2).sqrt().mean(dim=1)  # with derivatives at zero, too
+        lengths = (total.square().sum(dim=3) + SMALL**2).sqrt()  # with derivatives at zero, too
+        if self.weights is None or lengths.shape[1] == 1:
+            return lengths.mean(dim=1)
+        return (self.weights(mixed, batch)[:, :, None] * lengths).sum(dim=1)
+
+
+class ConformerWeights(nn.Module):
+    """How much each conformer of a molecule counts: softmax of -Σ Σₖ aₖ(edge) φₖ(length of the edge there), learned.
+
+    An energy of pairs of atoms, in the form of Boltzmann weights, but of what the targets speak of: the conformer that
+    a property was computed or measured of need not be that of the least energy. All count alike to begin with.
+
+    Parameters
+    ----------
+    width
+        Numbers that are given of an edge, of the atoms at its ends.
+    radial, cutoff
+        Gaussians φ, and the centre of the last one in Å.
+    """
+
+    def __init__(self, width: int, radial: int, cutoff: float) -> None:
+        super().__init__()
+        self.radial = RadialBasis(radial, cutoff)
+        self.strength = nn.Linear(width, radial, bias=False)
+        nn.init.zeros_(self.strength.weight)
+
+    def forward(self, mixed: Tensor, batch: GraphBatch) -> Tensor:
+        """Return ``(B, C)``, adding up to one over the conformers, from ``(E, width)`` edges."""
+        source, target = batch.edge_source, batch.edge_target
+        places = batch.conformers
+        length = torch.linalg.vector_norm(places.index_select(0, source) - places.index_select(0, target), dim=2)
+        wave = self.radial(length.flatten()).view(*length.shape, -1)
+        energy = torch.einsum("ecr,er->ec", wave, self.strength(mixed))
+        graph = batch.node_graph.index_select(0, target)
+        total = energy.new_zeros(batch.num_graphs, energy.shape[1]).index_add(0, graph, energy)
+        return torch.softmax(-total, dim=1)
 
 
 @dataclass(frozen=True)
@@ -205,6 +247,8 @@ class GraphConfig:
         Centre of the last of them, Å.
     dipole
         Vectors that the atoms add up to, whose lengths join what is pooled: for molecules with coordinates.
+    conformer_radial
+        Gaussians in which distances weigh a molecule's conformers for these; 0: all count alike.
     head
         Units of the hidden layer after pooling.
     descriptors
@@ -220,13 +264,18 @@ class GraphConfig:
     radial: int = 24
     cutoff: float = 6.0
     dipole: int = field(default=0, metadata=NONE_ALLOWED)
+    conformer_radial: int = field(default=0, metadata=NONE_ALLOWED)
     head: int = 128
     descriptors: int = field(default=0, metadata=NONE_ALLOWED)
     auxiliary: int = field(default=0, metadata=NONE_ALLOWED)
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a dropout out of range."""
+        """Refuse a dropout out of range, and weights of conformers for nothing."""
+        if self.conformer_radial and not self.dipole:
+            raise OptionError(
+                "conformer_radial weighs conformers for the vectors of a dipole: give dipole=16, or 0 for it"
+            )
         if not 0 <= self.dropout < 1:
             raise OptionError(f"dropout is {self.dropout}: give a number from 0 to below 1")
 
@@ -278,7 +327,11 @@ class Readout(nn.Module):
     def __init__(self, config: GraphConfig, width: int, edge_width: int, output_size: int) -> None:
         super().__init__()
         self.pooling = Pooling(width)
-        self.dipole = DipolePooling(width, edge_width, config.dipole) if config.dipole else None
+        self.dipole = (
+            DipolePooling(width, edge_width, config.dipole, config.conformer_radial, config.cutoff)
+            if config.dipole
+            else None
+        )
         self.descriptors = DescriptorFeatures(config.descriptors, config.dropout) if config.descriptors else None
         self.dropout = nn.Dropout(config.dropout)
         pooled = Pooling.PARTS * width + config.dipole + config.descriptors
