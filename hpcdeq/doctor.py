@@ -181,16 +181,20 @@ def device_findings() -> Iterator[Finding]:
         yield Finding(OK, "CUDA", "no GPU on this host: --device cpu")
 
 
+def available_bytes() -> int:
+    """Return the host's free memory; what the system could free (caches) counts as free, where it tells. Not collective."""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    return int(available[1]) * 1024 if available else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def host_findings() -> Iterator[Finding]:
     """Yield memory and Slurm job. Collective on MPI.COMM_WORLD."""
     from hpcdeq import parallel
 
     ranks = parallel.ranks_on_this_host(parallel.WORLD)
-    page = os.sysconf("SC_PAGE_SIZE")
-    # What the system could free (caches) counts as free, where it tells.
-    available = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
-    share = (int(available[1]) * 1024 if available else os.sysconf("SC_AVPHYS_PAGES") * page) / ranks
-    told = f"{os.sysconf('SC_PHYS_PAGES') * page / GIB:.1f} GiB, {share / GIB:.1f} GiB free a rank"
+    share = available_bytes() / ranks
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    told = f"{total / GIB:.1f} GiB, {share / GIB:.1f} GiB free a rank"
     if share < GIB:
         yield Finding(WARN, "memory", told, "start fewer ranks on this host, or end what else runs here")
     else:

@@ -2,8 +2,8 @@
 # Molecules as weakly or strongly polar: bash scripts/study_molecules.sh [--full] SOURCE [OUT] [SECONDS a model]
 #
 # SOURCE is what `hpcdeq.prepare molecules` takes; BY names a column of it whose values are scored by themselves, too. As
-# study_crystals.sh, on conformers by ETKDG, with vectors that the atoms add up to: a dipole moment, the mean of conformers, as a
-# SMILES does not tell the one that the property is of.
+# study_crystals.sh, on conformers by ETKDG, with vectors that the atoms add up to: a dipole moment, a mean of conformers with
+# weights that are learned, as a SMILES does not tell the one that the property is of.
 source "$(dirname "${BASH_SOURCE[0]}")/study_application.sh" molecules 900 "$@"
 
 prepare mu,alpha,homo,lumo,gap --geometry conformers --conformers 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -78,8 +79,12 @@ def test_the_costliest_samples_decide(comm: Comm) -> None:
 @pytest.mark.parallel([1, 2, 3])
 def test_too_little_memory_for_a_sample_is_told_on_all_ranks(comm: Comm) -> None:
     made = problem(comm)
-    with pytest.raises(OptionError, match=r"--memory-per-rank 0\.001: a rank needs \d\.\d+ GiB to work on its largest"):
+    pattern = r"--memory-per-rank 0\.001: a rank needs (\d\.\d+) GiB to work on its largest"
+    with pytest.raises(OptionError, match=pattern) as caught:
         fitting_chunk_size(made, np.ones(len(made.dataset), np.int64), 0.001 * GIB, products=False)
+    told = re.search(pattern, str(caught.value))
+    held = parallel.max_over_ranks(comm, process_bytes()) / GIB
+    assert told is not None and float(told[1]) == pytest.approx(held, abs=0.05)  # the samples themselves take little
 
 
 def test_a_run_says_and_saves_the_chunk_size_that_fits(run: Run, tmp_path: Path) -> None:

@@ -680,17 +680,18 @@ def test_one_rank_reads_the_configuration(
     file, out = shared_tmp_path / "c.toml", shared_tmp_path / "out"
     if comm.rank == 0:
         file.write_text("max_iterations = 1\nmax_seconds = 60\n")
+    run_command = {"train": train.main, "compare": main}[command]
     elsewhere = file if comm.rank == 0 else Path("nowhere.toml")
     words = ["--seed", "7"] if command == "train" else ["--optimizers", "lbfgs", "--seeds", "1"]
     arguments = [str(elsewhere), "--data", str(burgers), *words, "--out", str(out), "--quiet"]
     with only_options({}, ("tao_", "deq_")):
-        assert {"train": train.main, "compare": main}[command](arguments) == 0
+        assert run_command(arguments) == 0
     with parallel.agreement(comm):
         if comm.rank == 0:
             summary = json.loads((out / ("" if command == "train" else "runs/lbfgs-0") / "summary.json").read_text())
             assert (summary["iterations"], summary["ranks"]) == (1, comm.size)
     with pytest.raises(OptionError, match=r"none\.toml cannot be read") as caught:
-        {"train": train.main, "compare": main}[command](["none.toml" if comm.rank == 0 else str(file), *arguments[1:]])
+        run_command(["none.toml" if comm.rank == 0 else str(file), *arguments[1:]])
     assert caught.value.agreed
 
 

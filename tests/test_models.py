@@ -412,22 +412,33 @@ def test_a_dipole_tells_what_distances_hide() -> None:
         torch.testing.assert_close(length(along, along), 2 * 3 * charge[0].abs(), rtol=1e-3, atol=1e-3)
 
 
+def two_molecules(*conformers: Tensor) -> tuple[Tensor, Tensor, GraphBatch]:
+    """Return numbers of 5 atoms, of their edges (all pairs of 3 atoms, and of 2), and the batch."""
+    source, target = (1 - torch.eye(5)).nonzero().T
+    owner = torch.tensor([0, 0, 0, 1, 1])
+    inside = owner[source] == owner[target]
+    source, target, places = source[inside], target[inside], torch.stack(conformers, dim=1)
+    vector = places[source, 0] - places[target, 0]
+    h, edges = (torch.randn(n, d, dtype=torch.float64) for n, d in ((5, 3), (len(source), 2)))
+    return h, edges, GraphBatch(torch.ones(5).long(), source, target, vector, owner, 2, conformers=places)
+
+
+def in_places(batch: GraphBatch, places: Tensor) -> GraphBatch:
+    return dataclasses.replace(batch, conformers=places)
+
+
 def test_lengths_of_dipoles_are_the_mean_over_conformers() -> None:
     """Conformers of the edges' own positions give what the edges give; others their own moments; turned ones the same."""
     pooling = DipolePooling(3, 2, 4).double()
     position = torch.randn(5, 3, dtype=torch.float64)
-    target, source = (1 - torch.eye(5)).nonzero().T
-    h, edges = torch.randn(5, 3, dtype=torch.float64), torch.randn(len(source), 2, dtype=torch.float64)
-    owner = torch.tensor([0, 0, 0, 1, 1])
-    inside = owner[source] == owner[target]
-    source, target, edges = source[inside], target[inside], edges[inside]
+    h, edges, batch = two_molecules(position)
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
 
     def lengths(at: Tensor, *conformers: Tensor, **given: Tensor) -> Tensor:
-        vector = at[source] - at[target]
+        vector = at[batch.edge_source] - at[batch.edge_target]
         stacked = torch.stack(conformers, dim=1) if conformers else torch.zeros(5, 0, 3, dtype=torch.float64)
-        numbers = torch.ones(5, dtype=torch.int64)
-        return pooling(h, edges, GraphBatch(numbers, source, target, vector, owner, 2, conformers=stacked, **given))
+        found: Tensor = pooling(h, edges, dataclasses.replace(batch, edge_vector=vector, conformers=stacked, **given))
+        return found
 
     other = position + torch.randn(5, 3, dtype=torch.float64)
     plain, elsewhere = lengths(position), lengths(other)
@@ -441,17 +452,6 @@ def test_lengths_of_dipoles_are_the_mean_over_conformers() -> None:
     torch.testing.assert_close(
         lengths(position, position, partial_charge=charges), moment[:, None].expand(2, 4), rtol=1e-5, atol=0
     )
-
-
-def two_molecules(*conformers: Tensor) -> tuple[Tensor, Tensor, GraphBatch]:
-    """Return numbers of 5 atoms, of their edges (all pairs of 3 atoms, and of 2), and the batch."""
-    source, target = (1 - torch.eye(5)).nonzero().T
-    owner = torch.tensor([0, 0, 0, 1, 1])
-    inside = owner[source] == owner[target]
-    source, target, places = source[inside], target[inside], torch.stack(conformers, dim=1)
-    vector = places[source, 0] - places[target, 0]
-    h, edges = (torch.randn(n, d, dtype=torch.float64) for n, d in ((5, 3), (len(source), 2)))
-    return h, edges, GraphBatch(torch.ones(5).long(), source, target, vector, owner, 2, conformers=places)
 
 
 def test_conformers_count_by_a_learned_energy_of_their_distances() -> None:
@@ -487,10 +487,6 @@ def test_conformers_count_by_a_learned_energy_of_their_distances() -> None:
         torch.testing.assert_close(pooling(h, edges, one), each[:, 1])
         same = in_places(batch, places[1][:, None].expand(-1, 4, -1))
         torch.testing.assert_close(pooling(h, edges, same), each[:, 1])
-
-
-def in_places(batch: GraphBatch, places: Tensor) -> GraphBatch:
-    return dataclasses.replace(batch, conformers=places)
 
 
 def test_derivatives_of_weighted_conformers() -> None:

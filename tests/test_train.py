@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import h5py
 import pytest
 from conftest import DATA, Run
 
+from hpcdeq.doctor import available_bytes
 from hpcdeq.record import HISTORY_COLUMNS
 
 PREPARE, TRAIN = ("-m", "hpcdeq.prepare"), ("-m", "hpcdeq.train")
@@ -138,12 +140,7 @@ def test_real_crystals_from_source_to_classes(run: Run, tmp_path: Path, optimize
     assert summary["metric"]["train"] > majority + 0.05
 
 
-OF_A_RUN = 120_000  # kB that a rank holds besides what it imports
-
-
-def kilobytes(text: str, name: str) -> int:
-    """Return what Linux tells of memory, in kB; its files hold a line ``name:  number kB``."""
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name}:"))
+OF_A_RUN = 120 * 2**20  # bytes that a rank holds besides what it imports
 
 
 @pytest.mark.crowded
@@ -151,9 +148,11 @@ def kilobytes(text: str, name: str) -> int:
 def test_sixty_four_ranks(run: Run, tmp_path: Path) -> None:
     """That such a job goes on after it was killed: `scripts/fault_tests.py --cases crowd`."""
     imports = run("-c", "import hpcdeq.models, hpcdeq.optim, hpcdeq.problem; print(open('/proc/self/status').read())")
-    each = kilobytes(imports.stdout, "RssAnon") + OF_A_RUN
-    if kilobytes(Path("/proc/meminfo").read_text(), "MemAvailable") < 64 * each:
-        pytest.skip(f"64 ranks need {64 * each / 2**20:.0f} GiB of memory with this build of torch")
+    own = re.search(r"RssAnon:\s+(\d+) kB", imports.stdout)  # files in memory are shared
+    assert own is not None, imports.stderr
+    needed = 64 * (int(own[1]) * 1024 + OF_A_RUN)
+    if available_bytes() < needed:
+        pytest.skip(f"64 ranks need {needed / 2**30:.0f} GiB of memory with this build of torch")
     done = run(*TRAIN, "--max-iterations", "1", "--out", "r", ranks=64, timeout=1100)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["ranks"] == 64

@@ -274,7 +274,7 @@ class GraphConfig:
         """Refuse a dropout out of range, and weights of conformers for nothing."""
         if self.conformer_radial and not self.dipole:
             raise OptionError(
-                "conformer_radial weighs conformers for the vectors of a dipole: give dipole=16, or 0 for it"
+                "conformer_radial weighs conformers for the vectors of a dipole: give dipole=16, too, or leave it out"
             )
         if not 0 <= self.dropout < 1:
             raise OptionError(f"dropout is {self.dropout}: give a number from 0 to below 1")

@@ -122,7 +122,7 @@ def _curve(axes: Axes, entry: Measured, column: int, **style: Any) -> None:
 def _times(axes: Axes, measured: Sequence[Measured], found: Crossover) -> None:
     mixings = sorted({e.setting.mixing for e in measured if e.setting.window > 0 and e.converged}, reverse=True)
     windows: set[int] = set()
-    unsolved = False
+    told = False
     for number, mixing in enumerate(mixings):
         entries = sorted(
             (e for e in measured if e.setting.window > 0 and e.setting.mixing == mixing and e.converged),
@@ -152,11 +152,9 @@ def _times(axes: Axes, measured: Sequence[Measured], found: Crossover) -> None:
             color=colour,
             linestyle="none",
             transform=axes.get_xaxis_transform(),
-            label="does not converge"
-            if lost and not unsolved
-            else None,  # one for all colours: else they fill the axes
+            label="does not converge" if lost and not told else None,  # once for all colours: the axes are small
         )
-        unsolved = unsolved or bool(lost)
+        told = told or bool(lost)
         ends = [[solve.seconds for solve in entry.solves] for entry in entries]
         axes.vlines(x, [min(e) for e in ends], [max(e) for e in ends], color=colour, linewidth=1, alpha=0.5)
     if found.forward.converged:
